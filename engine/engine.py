@@ -1,0 +1,139 @@
+"""The engine: plans a step, has it executed, commits what it brought. Knows neither HTTP nor Ray nor text."""
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+from engine.config import BLOCK_LENGTHS, MODES, EngineConfig, ModeChoice
+from engine.executor import Executor
+from engine.request import Delta, Request
+from engine.runner import default_block_length, max_model_len
+from engine.scheduler import Scheduler
+from engine.segment import Segment, Settled
+from engine.sequence import Sequence
+from engine.settle import StepOutput
+from engine.step import pack, slack
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A glance at an engine. `error` says why it can serve no longer."""
+
+    running: int
+    waiting: int
+    free_pages: int
+    total_pages: int
+    steps: int
+    error: str | None = None
+
+
+class Engine:
+    """Owns the sequences. One thread calls it."""
+
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        model = executor.model_config
+        self.config = replace(config, draft_lora=config.draft_lora and executor.has_adapter)
+        self.executor = executor
+        self.model_config = model
+        self.block_length = default_block_length(config, model)
+        self.max_model_len = max_model_len(config, model)
+        self.slack = slack(self.block_length, config.quadratic_block_length)
+        if config.max_batch_tokens * 3 // 4 < self.slack:
+            raise ValueError(f"max_batch_tokens must be at least {-(-self.slack * 4 // 3)}, to hold any segment")
+        self.scheduler = Scheduler(self.config, self.block_length)
+        self.sequences: dict[str, Sequence] = {}
+        self.steps = 0
+        self._in_flight: deque[tuple[list[Segment], StepOutput]] = deque()
+        self._arrivals = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self.sequences and not self._in_flight
+
+    def status(self) -> EngineStatus:
+        pool = self.scheduler.pool
+        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        return EngineStatus(running, waiting, pool.free, pool.total, self.steps)
+
+    def add(self, request: Request) -> None:
+        """Accepts a request. Raises ValueError with the parameter's name first if it can never be served."""
+        self._check(request)
+        sequence = Sequence(request, self.model_config.eos_ids, self._arrivals)
+        self._arrivals += 1
+        if sequence.choice == "auto" and self.config.default_mode != "auto":
+            sequence.choice = self.config.default_mode
+        self.sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Forgets a request and frees its pages at once; unknown ids are ignored, since it may just have ended."""
+        sequence = self.sequences.pop(request_id, None)
+        if sequence is not None:
+            sequence.finish_reason = "abort"
+            self.scheduler.drop(sequence)
+
+    def switch(self, request_id: str, mode: ModeChoice) -> None:
+        """Lets a running request continue in another mode from its next seam on."""
+        self.sequences[request_id].choice = mode
+
+    def step(self) -> dict[str, Delta]:
+        """Plans and executes one step and reports the oldest one that is due: at lag 0 the same one. Returns the new
+        tokens of each request that has any, or has ended."""
+        segments = self.scheduler.schedule()
+        if segments:
+            self.steps += 1
+            output = self.executor.run(pack(segments, self.scheduler.started, self.scheduler.granted))
+            self._in_flight.append((segments, output))
+        if self._in_flight and (len(self._in_flight) > self.config.lag or not segments):
+            return self._report(*self._in_flight.popleft())
+        return {}
+
+    def _report(self, segments: list[Segment], output: StepOutput) -> dict[str, Delta]:
+        deltas: dict[str, Delta] = {}
+        for segment, tokens in zip(segments, output.committed(), strict=True):
+            sequence = segment.sequence
+            sequence.in_flight -= 1
+            sequence.uncertain -= segment.commits
+            if sequence.finish_reason is not None:
+                continue  # ended while this segment was on its way
+            if segment.mode is None:
+                new = sequence.append(tokens)
+            else:
+                sequence.forwards += 1
+                new = segment.mode.advance(sequence, Settled(segment, tokens))
+            if sequence.finish_reason is not None:
+                self._finish(sequence, new, deltas)
+            elif new:
+                deltas[sequence.request.id] = Delta(tuple(new))
+        return deltas
+
+    def _finish(self, sequence: Sequence, new: list[int], deltas: dict[str, Delta]) -> None:
+        self.scheduler.drop(sequence)
+        del self.sequences[sequence.request.id]
+        deltas[sequence.request.id] = Delta(tuple(new), sequence.finish_reason, sequence.stats())
+
+    def _check(self, request: Request) -> None:
+        sampling, vocab_size = request.sampling, self.model_config.vocab_size
+        length = len(request.prompt) + sampling.max_tokens
+        pages = self.scheduler.pool.missing(0, length + self.slack)
+        ids = (*request.prompt, *request.generated)
+        if request.id in self.sequences:
+            raise ValueError(f"id: {request.id!r} is being served already")
+        if not request.prompt:
+            raise ValueError("prompt: is empty")
+        if request.mode != "auto" and request.mode not in MODES:
+            raise ValueError(f"mode: {request.mode!r} is not one of auto, {', '.join(MODES)}")
+        if min(ids) < 0 or max(ids) >= vocab_size or self.model_config.mask_id in ids:
+            raise ValueError(f"prompt: token ids must lie in 0..{vocab_size - 1} and not be the mask token")
+        if sampling.max_tokens < 1 or len(request.generated) >= sampling.max_tokens:
+            raise ValueError("max_tokens: nothing is left to generate")
+        if length > self.max_model_len:
+            raise ValueError(
+                f"max_tokens: {len(request.prompt)} prompt tokens and {sampling.max_tokens} more exceed the context of "
+                f"{self.max_model_len}"
+            )
+        if pages > self.scheduler.pool.total:
+            raise ValueError(f"max_tokens: {length} tokens exceed the KV memory of {self.config.kv_tokens}")
+        block_length = request.diffusion.block_length
+        if block_length and (block_length not in BLOCK_LENGTHS or block_length > self.block_length):
+            allowed = [block for block in BLOCK_LENGTHS if block <= self.block_length]
+            raise ValueError(f"diffusion.block_length: {block_length} is not one of {allowed}")

@@ -1,0 +1,34 @@
+"""What executes steps for an engine: here, a runner in the same process."""
+
+from typing import Protocol
+
+from engine.config import EngineConfig, ModelConfig
+from engine.model import Model
+from engine.runner import Runner, default_block_length, max_model_len
+from engine.settle import StepOutput
+from engine.step import Step
+
+
+class Executor(Protocol):
+    """Executes packed steps strictly in the order in which they are given."""
+
+    @property
+    def model_config(self) -> ModelConfig: ...
+
+    @property
+    def has_adapter(self) -> bool: ...
+
+    def run(self, step: Step) -> StepOutput: ...
+
+
+class LocalExecutor:
+    """One rank in this process."""
+
+    def __init__(self, model: Model, config: EngineConfig) -> None:
+        self.model_config, self.has_adapter = model.config, model.has_adapter
+        self.runner = Runner(
+            model, config, max_model_len(config, model.config), default_block_length(config, model.config)
+        )
+
+    def run(self, step: Step) -> StepOutput:
+        return self.runner.run(step)

@@ -1,0 +1,135 @@
+"""An engine in a thread of its own, so that whoever serves it never waits for a step."""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import torch
+
+from engine.config import EngineConfig, ModeChoice
+from engine.engine import Engine, EngineStatus
+from engine.executor import LocalExecutor
+from engine.request import Delta, Request
+from engine.runner import load_model
+
+
+class EngineError(RuntimeError):
+    """The engine has died; nothing more comes from it."""
+
+
+class _Stream:
+    """Where the engine's thread leaves deltas for a coroutine."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.deltas: asyncio.Queue[Delta] = asyncio.Queue()
+
+    def put(self, delta: Delta) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.deltas.put_nowait, delta)
+        except RuntimeError:  # the loop has been closed, so nobody reads any more
+            pass
+
+
+class EngineLoop:
+    """Loads a checkpoint and serves it until closed. `phases` holds the seconds of each part of the start."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Raises CheckpointError if the checkpoint cannot be served."""
+        torch.set_num_threads(config.threads)
+        start = time.perf_counter()
+        model = load_model(config)
+        loaded = time.perf_counter()
+        self.engine = Engine(config, LocalExecutor(model, config))
+        self.phases = {"load the checkpoint": loaded - start, "set up the engine": time.perf_counter() - loaded}
+        self.model = self.engine.model_config
+        self.max_model_len = self.engine.max_model_len
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: close
+        self._streams: dict[str, _Stream] = {}
+        self._error: str | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+        """The request's deltas as they are committed, until one has a finish reason. Leaving early aborts it.
+
+        Raises ValueError, the parameter's name first, if the request cannot be served, and EngineError if the engine
+        dies.
+        """
+        stream = _Stream()
+        self._commands.put(lambda: self._add(request, stream))
+        try:
+            while True:
+                if self._error is not None:
+                    raise EngineError(self._error)
+                delta = await stream.deltas.get()
+                if delta.finish_reason == "refused":
+                    raise ValueError(delta.error)
+                if delta.finish_reason == "error":
+                    raise EngineError(delta.error)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self.abort(request.id)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and frees what it holds; ignored if it has ended."""
+        self._commands.put(lambda: self._abort(request_id))
+
+    def switch(self, request_id: str, mode: ModeChoice) -> None:
+        """Lets a running request continue in another mode from its next seam on; ignored if it has ended."""
+        self._commands.put(lambda: self._switch(request_id, mode))
+
+    def status(self) -> EngineStatus:
+        return replace(self.engine.status(), error=self._error)
+
+    def close(self) -> None:
+        """Stops the thread; requests still running get no more tokens."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def _add(self, request: Request, stream: _Stream) -> None:
+        try:
+            self.engine.add(request)
+        except ValueError as error:
+            stream.put(Delta((), "refused", error=str(error)))
+        else:
+            self._streams[request.id] = stream
+
+    def _abort(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self.engine.abort(request_id)
+
+    def _switch(self, request_id: str, mode: ModeChoice) -> None:
+        if request_id in self.engine.sequences:
+            self.engine.switch(request_id, mode)
+
+    def _obey(self) -> bool:
+        """Carries out all commands, waiting for one if the engine is idle. False when told to close."""
+        while True:
+            try:
+                command = self._commands.get(block=self.engine.idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                for request_id, delta in self.engine.step().items():
+                    stream = self._streams.get(request_id)
+                    if stream is not None:
+                        stream.put(delta)
+                    if delta.finish_reason is not None:
+                        self._streams.pop(request_id, None)
+        except Exception as error:  # one step's failure must reach every waiting request
+            self._error = f"the engine failed: {error!r}"
+            for stream in self._streams.values():
+                stream.put(Delta((), "error", error=self._error))
+            raise

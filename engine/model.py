@@ -1,0 +1,66 @@
+"""The network: one forward for all modes, since a batch says of each token what it sees."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.config import ModelConfig
+from engine.layers import Layer, rope_table
+from kernels.attention import plan_attention
+from kernels.norm import add_rms_norm
+
+
+class Model:
+    """Weights and rotary tables of one rank. positions: how many the tables cover."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], positions: int) -> None:
+        self.config = config
+        self.embedding = weights["encoder.embed_tokens.weight"]
+        self.norm = weights["encoder.norm.weight"]
+        self.output = weights["diffusion_head.weight"]
+        self.layers = [_layer(weights, index) for index in range(config.num_layers)]
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.rope = rope_table(config.rope, config.head_dim, positions, self.dtype, self.device)
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.layers[0].lora_a is not None
+
+    def forward(self, batch: Batch, kv: Tensor, page_size: int) -> Tensor:
+        """Runs all query tokens. kv: [layers, slots, 2 * kv_heads, head_dim], read and written.
+        Returns the normalised hidden states, [T, hidden]."""
+        config = self.config
+        rope = self.rope.at(batch.positions)
+        groups = config.num_heads // config.num_kv_heads
+        attention = plan_attention(
+            batch.lengths, batch.context, batch.upto, batch.lo, batch.hi, batch.pages, page_size, groups, self.dtype
+        )
+        x, residual = self.embedding[batch.token_ids], None
+        for layer, cache in zip(self.layers, kv, strict=True):
+            x, residual = layer.forward(x, residual, cache, rope, attention, batch, config)
+        return add_rms_norm(x, residual, self.norm, config.rms_norm_eps)[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of the given rows: [R, hidden] to [R, vocab], float32 at least, -inf for the mask token."""
+        logits = F.linear(hidden, self.output)
+        if logits.dtype is torch.bfloat16:
+            logits = logits.float()
+        logits[:, self.config.mask_id] = float("-inf")
+        return logits
+
+
+def _layer(weights: dict[str, Tensor], index: int) -> Layer:
+    def of(name: str) -> Tensor:
+        return weights[f"encoder.layers.{index}.{name}.weight"]
+
+    return Layer(
+        input_norm=of("input_layernorm"),
+        qkv=torch.cat([of(f"self_attn.{name}_proj") for name in "qkv"]),
+        o=of("self_attn.o_proj"),
+        post_norm=of("post_attention_layernorm"),
+        gate_up=torch.cat([of("mlp.gate_proj"), of("mlp.up_proj")]),
+        down=of("mlp.down_proj"),
+        lora_a=weights.get(f"encoder.layers.{index}.self_attn.o_proj.lora_A"),
+        lora_b=weights.get(f"encoder.layers.{index}.self_attn.o_proj.lora_B"),
+    )

@@ -1,0 +1,39 @@
+"""Linear self-speculation: one bidirectional forward drafts a block, one causal forward verifies it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from engine.config import ModeName
+from engine.segment import Pattern, Segment, Settle, Settled
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    name: ClassVar[ModeName] = "linear_spec"
+    block_length: int
+    lora: bool
+
+    def plan(self, sequence: Sequence) -> Segment:
+        last = sequence.last
+        if last is not None and last.settle is Settle.DENOISE:
+            return Segment(sequence, self, last.block, Pattern.CAUSAL, Settle.VERIFY, commits=last.block)
+        return Segment(
+            sequence,
+            self,
+            self.block_length,
+            Pattern.CANVAS,
+            Settle.DENOISE,
+            commits=0,
+            restart=sequence.restart,
+            lora=self.lora,
+        )
+
+    def advance(self, sequence: Sequence, settled: Settled) -> list[int]:
+        if settled.segment.settle is Settle.VERIFY:
+            sequence.drafted += settled.segment.block - 1
+            sequence.accepted += len(settled.tokens) - 1
+        return sequence.append(settled.tokens)
+
+    def at_seam(self, sequence: Sequence) -> bool:
+        return sequence.last is None or sequence.last.settle is not Settle.DENOISE

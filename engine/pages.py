@@ -1,0 +1,34 @@
+"""The pool of KV pages: who holds what, and nothing about what lies in them."""
+
+
+class PagePool:
+    """Page ids 0..total-1. A page is free or held by one sequence's list."""
+
+    def __init__(self, total: int, page_size: int) -> None:
+        self.total, self.page_size = total, page_size
+        self._free = list(range(total - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def missing(self, held: int, tokens: int) -> int:
+        """Pages that `held` pages lack to cover `tokens` slots."""
+        return max(0, -(-tokens // self.page_size) - held)
+
+    def grant(self, pages: list[int], count: int) -> list[int]:
+        """Moves `count` free pages to the end of a sequence's list; returns them. The pool must have them."""
+        assert count <= len(self._free)
+        granted = [self._free.pop() for _ in range(count)]
+        pages.extend(granted)
+        return granted
+
+    def release(self, pages: list[int]) -> None:
+        """Takes all pages of a sequence back and empties its list."""
+        self._free.extend(reversed(pages))
+        pages.clear()
+
+    def check(self, held: list[list[int]]) -> None:
+        """Asserts that every page is free or in exactly one of the lists."""
+        everything = sorted(self._free + [page for pages in held for page in pages])
+        assert everything == list(range(self.total)), "pages lost or held twice"

@@ -1,0 +1,50 @@
+"""What the engine is asked to generate, as plain values: also the journal from which another replica continues."""
+
+from dataclasses import dataclass, field
+
+from engine.config import DiffusionParams, ModeChoice, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """A tier's promise, as the engine sees it. Times in seconds; `lossless` forbids diffusion."""
+
+    ttft: float = float("inf")
+    tpot: float = float("inf")
+    weight: float = 1.0
+    lossless: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One answer to generate: `generated` holds the tokens already committed elsewhere, if it is resumed."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    mode: ModeChoice = "auto"
+    diffusion: DiffusionParams = field(default_factory=DiffusionParams)
+    generated: tuple[int, ...] = ()
+    slo: Slo = field(default_factory=Slo)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStats:
+    """How an answer was decoded. `forwards` counts the steps in which the sequence had a segment, prefill excluded."""
+
+    modes: tuple[str, ...] = ()
+    forwards: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    denoise_passes: int = 0
+    canvases: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens of one request. `finish_reason` and `stats` come with the last one; `error` says why it failed."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
+    stats: DecodeStats | None = None
+    error: str | None = None

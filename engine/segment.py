@@ -1,0 +1,68 @@
+"""What one sequence asks of the next step, run-length: never a list of tokens."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.modes import Mode
+    from engine.sequence import Sequence
+
+
+class Pattern(IntEnum):
+    """Who sees whom inside the segment.
+
+    CAUSAL: each token itself and those before. CANVAS: every token all others, while the canvas still has masks;
+    a canvas without masks is run causally, so that its KV can be kept. QUADRATIC: `block` drafts, causal, then
+    `block` groups of `block` masks; group g sees itself and the drafts 0..g.
+    """
+
+    CAUSAL = 0
+    CANVAS = 1
+    QUADRATIC = 2
+
+
+class Settle(IntEnum):
+    """What ends the segment on the device, in the order in which a batch holds its segments.
+
+    KEEP: the KV alone (a prefill chunk). SAMPLE: the next token. DENOISE: commit confident tokens into the canvas, or
+    the whole canvas if it had no masks left. VERIFY: the longest accepted prefix and one token more.
+    """
+
+    KEEP = 0
+    SAMPLE = 1
+    DENOISE = 2
+    VERIFY = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`block` tokens from the sequence's first uncached one; in a quadratic segment also their mask groups.
+
+    `mode` planned it; prefill chunks are the scheduler's own and have none. `commits` is the most tokens that settling
+    can commit. `restart` voids first what stands after the seed token. `threshold` and `steps` belong to DENOISE;
+    `lora` says that the draft adapter is on.
+    """
+
+    sequence: "Sequence"
+    mode: "Mode | None"
+    block: int
+    pattern: Pattern
+    settle: Settle
+    commits: int
+    restart: bool = False
+    threshold: float = 0.0
+    steps: int = 0
+    lora: bool = False
+
+    @property
+    def query_tokens(self) -> int:
+        return self.block * (self.block + 1) if self.pattern is Pattern.QUADRATIC else self.block
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What the host learns of a settled segment: the tokens it committed, possibly none."""
+
+    segment: Segment
+    tokens: list[int]

@@ -1,0 +1,89 @@
+"""One sequence being generated: a few counters, the committed tokens, and who decodes it."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from engine.config import ModeChoice
+from engine.request import DecodeStats, Request
+
+if TYPE_CHECKING:
+    from engine.modes import Mode
+    from engine.segment import Segment
+
+
+class Sequence:
+    """The host's view of a request inside the engine.
+
+    `tokens` holds prompt and committed answer. `prefilled` counts the prompt tokens whose causal KV has been asked
+    for. Segments that run on the device but have not been reported yet are counted by `in_flight`, and the most
+    tokens that they can commit by `uncertain`.
+    """
+
+    def __init__(self, request: Request, eos_ids: Iterable[int], arrival: int) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.arrival = arrival
+        self.tokens: list[int] = [*request.prompt, *request.generated]
+        self.num_prompt = len(request.prompt)
+        self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else frozenset(eos_ids))
+        self.choice: ModeChoice = request.mode
+        self.mode: Mode | None = None
+        self.wanted: Mode | None = None  # takes over at the next seam
+        self.last: Segment | None = None  # the segment planned last, since the last restart
+        self.restart = False  # what stands after the seed token on the device is void
+        self.canvas_open = False  # the last report left a canvas with masks
+        self.row = -1
+        self.pages: list[int] = []
+        self.prefilled = 0
+        self.prefill_target = 0
+        self.in_flight = 0
+        self.uncertain = 0
+        self.finish_reason: str | None = None
+        self.modes_used: list[str] = []
+        self.forwards = self.drafted = self.accepted = self.denoise_passes = self.canvases = 0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def decoding(self) -> bool:
+        return self.row >= 0 and self.prefilled == self.prefill_target
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens that can have causal KV once everything in flight has settled."""
+        return self.prefilled if not self.decoding else len(self.tokens) - 1 + self.uncertain
+
+    def start(self, row: int) -> None:
+        """Takes a row of the device tables; everything is to be prefilled."""
+        assert self.row < 0 and not self.in_flight and not self.pages
+        self.row, self.prefilled = row, 0
+        self.prefill_target = max(self.num_prompt, len(self.tokens) - 1)
+        self.last, self.restart, self.canvas_open = None, False, False
+
+    def switch(self, mode: "Mode") -> None:
+        """Hands the sequence, which stands at a seam, to another mode."""
+        self.mode, self.wanted = mode, None
+        self.last, self.restart, self.canvas_open = None, True, False
+        if mode.name not in self.modes_used:
+            self.modes_used.append(mode.name)
+
+    def append(self, tokens: Iterable[int]) -> list[int]:
+        """Commits tokens up to the first stop id or the length limit; returns those that count."""
+        new: list[int] = []
+        for token in tokens:
+            if self.finish_reason is not None:
+                break
+            self.tokens.append(token)
+            new.append(token)
+            if token in self.stop_ids:
+                self.finish_reason = "stop"
+            elif self.num_generated >= self.request.sampling.max_tokens:
+                self.finish_reason = "length"
+        return new
+
+    def stats(self) -> DecodeStats:
+        return DecodeStats(
+            tuple(self.modes_used), self.forwards, self.drafted, self.accepted, self.denoise_passes, self.canvases
+        )

@@ -1,0 +1,156 @@
+"""What ends a segment, on the device: sample, denoise, verify. Each updates the tables; the host learns of it later."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.segment import Pattern, Settle
+from engine.state import Tables
+from engine.step import BLOCK, PATTERN, STEPS, Step
+from kernels.commit import commit
+from kernels.vocabulary import choose, confidence
+from kernels.verify import accepted
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """count: [S] committed tokens of each segment. tokens: [S, W] int64, of which the first `count` hold."""
+
+    count: Tensor
+    tokens: Tensor
+
+    def committed(self) -> list[list[int]]:
+        """The one copy from the device to the host."""
+        packed = torch.cat((self.count[:, None], self.tokens), 1).tolist()
+        return [row[1 : 1 + row[0]] for row in packed]
+
+
+class Settler:
+    """The settle operations of one step."""
+
+    def __init__(self, step: Step, batch: Batch, tables: Tables, hidden: Tensor, head: Head) -> None:
+        """hidden: [T, hidden size], of the step's query tokens. head: rows of it to logits."""
+        self.step, self.batch, self.tables = step, batch, tables
+        self.hidden, self.head = hidden, head
+
+    def run(self) -> StepOutput:
+        """Settles every segment; [S] counts and their tokens in the order of the batch."""
+        operations = {
+            Settle.KEEP: self._keep,
+            Settle.SAMPLE: self._sample,
+            Settle.DENOISE: self._denoise,
+            Settle.VERIFY: self._verify,
+        }
+        outputs = [operations[settle](part) for settle, part in self.batch.kinds.items()]
+        if len(outputs) == 1:
+            return outputs[0]
+        width = max(output.tokens.shape[1] for output in outputs)
+        padded = [torch.nn.functional.pad(output.tokens, (0, width - output.tokens.shape[1])) for output in outputs]
+        return StepOutput(torch.cat([output.count for output in outputs]), torch.cat(padded))
+
+    def _choose(self, logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        """Tokens for logits [R, V] of table rows [R], to stand at the absolute positions [R]."""
+        if self.step.greedy:
+            return logits.argmax(-1)
+        t = self.tables
+        return choose(
+            logits,
+            t.temperature[row],
+            t.top_k[row],
+            t.top_p[row],
+            t.min_p[row],
+            t.seed[row],
+            position,
+            self.step.filtered,
+        )
+
+    def _keep(self, part: slice) -> StepOutput:
+        row, block = self.batch.row[part], self.batch.block[part]
+        self.tables.cached.index_add_(0, row, block)
+        return StepOutput(torch.zeros_like(row), row.new_empty(len(row), 0))
+
+    def _sample(self, part: slice) -> StepOutput:
+        row, block = self.batch.row[part], self.batch.block[part]
+        position = self.batch.context[part] + block
+        logits = self.head(self.hidden[self.batch.first[part] + block - 1])
+        token = self._choose(logits, row, position)
+        self.tables.tokens[row, position] = token
+        self.tables.cached[row] = position
+        return StepOutput(torch.ones_like(row), token[:, None])
+
+    def _denoise(self, part: slice) -> StepOutput:
+        batch, tables = self.batch, self.tables
+        row, block, context, open_ = (t[part] for t in (batch.row, batch.block, batch.context, batch.bidirectional))
+        column = torch.arange(self._width(part), device=row.device)
+        inside = column < block[:, None]  # [S, W]
+        query = batch.first[part, None] + column.minimum(block[:, None] - 1)
+        slot = context[:, None] + column
+        canvas = tables.tokens[row[:, None], slot].masked_fill(~inside, -1)
+        # bidirectional logits predict their own token, causal ones the next
+        position = slot + (~open_).long()[:, None]
+        wanted = inside & torch.where(open_[:, None], canvas == tables.mask_id, column == block[:, None] - 1)
+        index = wanted.view(-1).nonzero()[:, 0]
+        logits = self.head(self.hidden[query.view(-1)[index]])
+        token = self._choose(logits, row[:, None].expand_as(slot).reshape(-1)[index], position.view(-1)[index])
+        drawn = torch.zeros_like(canvas)
+        drawn.view(-1)[index] = token
+        sure = torch.zeros_like(canvas, dtype=logits.dtype)
+        sure.view(-1)[index] = confidence(logits, token)
+        left = (canvas == tables.mask_id).sum(1)
+        steps = batch.segments[part, STEPS]
+        passes_left = (steps - tables.passes[row]).clamp(min=1)
+        quota = torch.where(steps > 0, -(-left // passes_left), 1)
+        threshold = batch.thresholds[part].to(sure.dtype)
+        after = commit(canvas, drawn, sure, threshold, quota, tables.mask_id)
+        seed = drawn.gather(1, block[:, None] - 1)
+        # an open canvas stays where it is; a finished one is committed, and its causal pass gave the next seed token
+        new_tokens = torch.cat((after[:, 1:], torch.zeros_like(seed)), 1).scatter(1, block[:, None] - 1, seed)
+        tables.tokens[row[:, None], slot] = torch.where(inside, after, tables.tokens[row[:, None], slot])
+        end = context + block
+        tables.tokens[row, end] = torch.where(open_, tables.tokens[row, end], seed[:, 0])
+        tables.cached[row] = torch.where(open_, context, end)
+        tables.passes[row] = torch.where(open_, tables.passes[row] + 1, 0)
+        return StepOutput(torch.where(open_, 0, block), new_tokens)
+
+    def _verify(self, part: slice) -> StepOutput:
+        batch, tables = self.batch, self.tables
+        row, block, context = batch.row[part], batch.block[part], batch.context[part]
+        column = torch.arange(self._width(part), device=row.device)
+        inside = column < block[:, None]
+        query = batch.first[part, None] + column.minimum(block[:, None] - 1)
+        slot = context[:, None] + column
+        draft = tables.tokens[row[:, None], slot]
+        logits = self.head(self.hidden[query.view(-1)])
+        said = self._choose(logits, row.repeat_interleave(len(column)), (slot + 1).view(-1)).view_as(slot)
+        count = accepted(draft, said, block) + 1
+        # what was not accepted turns back into masks
+        kept = torch.where(column < count[:, None], said, tables.mask_id)
+        target = slot + 1
+        tables.tokens[row[:, None], target] = torch.where(inside, kept, tables.tokens[row[:, None], target])
+        tables.cached[row] = context + count
+        self._redraft(part, count)
+        return StepOutput(count, said)
+
+    def _redraft(self, part: slice, count: Tensor) -> None:
+        """Quadratic segments: the mask group anchored after the accepted drafts holds the next drafts."""
+        if not (self.step.segments[part, PATTERN] == Pattern.QUADRATIC).any():
+            return
+        chosen = self.batch.segments[part, PATTERN] == Pattern.QUADRATIC
+        batch, tables = self.batch, self.tables
+        row, block, context = batch.row[part][chosen], batch.block[part][chosen], batch.context[part][chosen]
+        count = count[chosen]
+        column = torch.arange(1, self._width(part), device=row.device)  # the group's first mask is the seed token, which is known
+        inside = (column < block[:, None]).view(-1).nonzero()[:, 0]
+        query = (batch.first[part][chosen] + block + (count - 1) * block)[:, None] + column
+        slot = ((context + count)[:, None] + column).view(-1)[inside]
+        owner = row.repeat_interleave(len(column))[inside]
+        logits = self.head(self.hidden[query.view(-1)[inside]])
+        tables.tokens[owner, slot] = self._choose(logits, owner, slot)
+
+    def _width(self, part: slice) -> int:
+        return int(self.step.segments[part, BLOCK].max())

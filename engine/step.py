@@ -1,0 +1,69 @@
+"""A step as packed arrays: all that crosses from the process that plans to the ranks that execute."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.segment import Segment
+from engine.sequence import Sequence
+
+# columns of Step.segments
+ROW, LENGTH, BLOCK, PATTERN, SETTLE, STEPS, LORA, RESTART = range(8)
+# columns of Step.rows and Step.sampling
+ROW_ID, ROW_TOKENS, ROW_SEED, ROW_TOP_K = range(4)
+TEMPERATURE, TOP_P, MIN_P = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward of every rank.
+
+    segments: [S, 8] int64, one row a segment, in order of settle operation and length; columns as named above.
+    thresholds: [S] float64. grants: [G, 3] int64, (row, column, page). rows: [N, 4] int64 and sampling: [N, 3] float64,
+    sequences that start in a row; tokens: their prompts, one after the other. greedy, filtered: whether all rows of
+    the batch are greedy, and whether any has a filter.
+    """
+
+    segments: NDArray[np.int64]
+    thresholds: NDArray[np.float64]
+    grants: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    sampling: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    greedy: bool
+    filtered: bool
+
+
+def pack(segments: Seq[Segment], started: Seq[Sequence], granted: Seq[tuple[int, int, int]]) -> Step:
+    """Packs what the scheduler planned."""
+    params = [s.sequence.request.sampling for s in segments]
+    return Step(
+        segments=np.array(
+            [
+                (s.sequence.row, s.query_tokens, s.block, s.pattern, s.settle, s.steps, s.lora, s.restart)
+                for s in segments
+            ],
+            dtype=np.int64,
+        ).reshape(-1, 8),
+        thresholds=np.array([s.threshold for s in segments], dtype=np.float64),
+        grants=np.array(granted, dtype=np.int64).reshape(-1, 3),
+        rows=np.array(
+            [(s.row, len(s.tokens), s.request.sampling.seed, s.request.sampling.top_k) for s in started],
+            dtype=np.int64,
+        ).reshape(-1, 4),
+        sampling=np.array(
+            [(p.temperature, p.top_p, p.min_p) for p in (s.request.sampling for s in started)], dtype=np.float64
+        ).reshape(-1, 3),
+        tokens=np.array([t for s in started for t in s.tokens], dtype=np.int64),
+        greedy=all(p.temperature == 0 for p in params),
+        filtered=any(p.top_k or p.top_p < 1 or p.min_p for p in params),
+    )
+
+
+def slack(block_length: int, quadratic_block_length: int) -> int:
+    """Slots beyond the last committed token that a segment may write."""
+    return max(block_length, quadratic_block_length * (quadratic_block_length + 1)) + 1
+
+

@@ -1,0 +1,92 @@
+"""Random checkpoints of the family's layout, and engines on them, for tests of exactness."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig, ModelConfig, RopeConfig
+from engine.engine import Engine
+from engine.executor import LocalExecutor
+from engine.model import Model
+from engine.request import Delta, Request
+from engine.runner import default_block_length, max_model_len
+from engine.step import slack
+from engine.weights import expected_shapes
+
+TOY = ModelConfig(
+    vocab_size=40,
+    hidden_size=24,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    max_position=256,
+    block_length=32,
+    mask_id=7,
+    bos_id=1,
+    eos_ids=(3,),
+    rope=RopeConfig(1e4, 16.0, 16, 32.0, 1.0, 1.0, 0.1),
+)
+TOY_ENGINE = EngineConfig(dtype="float64", page_size=4, kv_tokens=2048, max_running=8, max_batch_tokens=160)
+
+
+def random_weights(config: ModelConfig, seed: int, dtype: torch.dtype, adapter: bool = True) -> dict[str, Tensor]:
+    """Weights whose logits depend enough on the last tokens for drafts to be right now and then."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, scale: float) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).mul_(scale).to(dtype)
+
+    weights: dict[str, Tensor] = {}
+    for name, shape in expected_shapes(config).items():
+        if len(shape) == 1:
+            weights[name] = 1 + random(*shape, scale=0.1)
+        else:
+            gain = 1.0 if name == "encoder.embed_tokens.weight" else 1.2 / shape[1] ** 0.5
+            weights[name] = random(*shape, scale=gain)
+    weights["diffusion_head.weight"] *= 4
+    if adapter:
+        for index in range(config.num_layers):
+            prefix = f"encoder.layers.{index}.self_attn.o_proj"
+            weights[f"{prefix}.lora_A"] = random(4, config.num_heads * config.head_dim, scale=0.3)
+            weights[f"{prefix}.lora_B"] = random(config.hidden_size, 4, scale=0.3)
+    return weights
+
+
+def toy_model(seed: int, config: EngineConfig, geometry: ModelConfig = TOY, adapter: bool = True) -> Model:
+    """A random model in the engine's dtype."""
+    positions = max_model_len(config, geometry) + slack(
+        default_block_length(config, geometry), config.quadratic_block_length
+    )
+    return Model(geometry, random_weights(geometry, seed, getattr(torch, config.dtype), adapter), positions)
+
+
+def toy_engine(seed: int = 0, adapter: bool = True, **settings: object) -> Engine:
+    """An engine on a random model; settings replace those of TOY_ENGINE."""
+    config = replace(TOY_ENGINE, **settings)  # type: ignore[arg-type]
+    return Engine(config, LocalExecutor(toy_model(seed, config, adapter=adapter), config))
+
+
+def generate(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
+    """Runs the requests to their ends; returns the answer of each, journalled tokens included."""
+    for request in requests:
+        engine.add(request)
+    answers = {request.id: list(request.generated) for request in requests}
+    for delta in run(engine):
+        for name, change in delta.items():
+            answers[name].extend(change.token_ids)
+    return answers
+
+
+def run(engine: Engine) -> list[dict[str, Delta]]:
+    """Steps an engine until it is idle, checking its pages all the way."""
+    reports = []
+    while not engine.idle:
+        reports.append(engine.step())
+        engine.scheduler.pool.check([s.pages for s in engine.scheduler.running])
+        assert len(reports) < 5000, "the engine makes no progress"
+    return reports

@@ -37,7 +37,12 @@ def expand(step: Step, tables: Tables, page_size: int, dtype: torch.dtype) -> Ba
     """Reads the device tables, after their update by the step. Voids canvases first where a segment asks for it."""
     device = tables.cached.device
     segments = torch.from_numpy(step.segments).to(device)
-    row, length, block, pattern = segments[:, ROW], segments[:, LENGTH], segments[:, BLOCK], segments[:, PATTERN]
+    row, length, block, pattern = (
+        segments[:, ROW],
+        segments[:, LENGTH],
+        segments[:, BLOCK],
+        segments[:, PATTERN],
+    )
     context = tables.cached[row]
     if step.segments[:, RESTART].any():
         _void_canvases(tables, segments[segments[:, RESTART] != 0, ROW])

@@ -38,7 +38,9 @@ class Engine:
         self.max_model_len = max_model_len(config, model)
         self.slack = slack(self.block_length, config.quadratic_block_length)
         if config.max_batch_tokens * 3 // 4 < self.slack:
-            raise ValueError(f"max_batch_tokens must be at least {-(-self.slack * 4 // 3)}, to hold any segment")
+            raise ValueError(
+                f"max_batch_tokens must be at least {-(-self.slack * 4 // 3)}, to hold any segment"
+            )
         self.scheduler = Scheduler(self.config, self.block_length)
         self.sequences: dict[str, Sequence] = {}
         self.steps = 0

@@ -37,7 +37,11 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     plain = rope.theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
     def dimension(rotations: float) -> float:
-        return head_dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return (
+            head_dim
+            * math.log(rope.original_max_position / (rotations * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
 
     low = max(math.floor(dimension(rope.beta_fast)), 0)
     high = min(math.ceil(dimension(rope.beta_slow)), head_dim - 1)
@@ -46,7 +50,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     return plain * (1 - interpolated) + plain / rope.factor * interpolated
 
 
-def rope_table(rope: RopeConfig, head_dim: int, positions: int, dtype: torch.dtype, device: torch.device) -> RopeTable:
+def rope_table(
+    rope: RopeConfig, head_dim: int, positions: int, dtype: torch.dtype, device: torch.device
+) -> RopeTable:
     """Computed in float64 and rounded once."""
     position = torch.arange(positions, dtype=torch.float64)
     angle = torch.outer(position, inverse_frequencies(rope, head_dim)).repeat(1, 2)

@@ -1,6 +1,7 @@
 """An engine in a thread of its own, so that whoever serves it never waits for a step."""
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -14,6 +15,8 @@ from engine.engine import Engine, EngineStatus
 from engine.executor import LocalExecutor
 from engine.request import Delta, Request
 from engine.runner import load_model
+
+logger = logging.getLogger(__name__)
 
 
 class EngineError(RuntimeError):
@@ -44,7 +47,10 @@ class EngineLoop:
         model = load_model(config)
         loaded = time.perf_counter()
         self.engine = Engine(config, LocalExecutor(model, config))
-        self.phases = {"load the checkpoint": loaded - start, "set up the engine": time.perf_counter() - loaded}
+        self.phases = {
+            "load the checkpoint": loaded - start,
+            "set up the engine": time.perf_counter() - loaded,
+        }
         self.model = self.engine.model_config
         self.max_model_len = self.engine.max_model_len
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: close
@@ -63,8 +69,6 @@ class EngineLoop:
         self._commands.put(lambda: self._add(request, stream))
         try:
             while True:
-                if self._error is not None:
-                    raise EngineError(self._error)
                 delta = await stream.deltas.get()
                 if delta.finish_reason == "refused":
                     raise ValueError(delta.error)
@@ -93,6 +97,9 @@ class EngineLoop:
         self._thread.join()
 
     def _add(self, request: Request, stream: _Stream) -> None:
+        if self._error is not None:
+            stream.put(Delta((), "error", error=self._error))
+            return
         try:
             self.engine.add(request)
         except ValueError as error:
@@ -108,28 +115,34 @@ class EngineLoop:
         if request_id in self.engine.sequences:
             self.engine.switch(request_id, mode)
 
-    def _obey(self) -> bool:
-        """Carries out all commands, waiting for one if the engine is idle. False when told to close."""
+    def _obey(self, wait: bool) -> bool:
+        """Carries out all commands, waiting for the first if asked to. False when told to close."""
         while True:
             try:
-                command = self._commands.get(block=self.engine.idle)
+                command = self._commands.get(block=wait)
             except queue.Empty:
                 return True
             if command is None:
                 return False
             command()
+            wait = False
 
     def _run(self) -> None:
         try:
-            while self._obey():
+            while self._obey(wait=self.engine.idle):
                 for request_id, delta in self.engine.step().items():
-                    stream = self._streams.get(request_id)
-                    if stream is not None:
-                        stream.put(delta)
-                    if delta.finish_reason is not None:
-                        self._streams.pop(request_id, None)
-        except Exception as error:  # one step's failure must reach every waiting request
+                    self._deliver(request_id, delta)
+        except Exception as error:
+            logger.exception("the engine failed")
             self._error = f"the engine failed: {error!r}"
-            for stream in self._streams.values():
-                stream.put(Delta((), "error", error=self._error))
-            raise
+            for request_id in list(self._streams):
+                self._deliver(request_id, Delta((), "error", error=self._error))
+            while self._obey(wait=True):  # refuses what still comes
+                pass
+
+    def _deliver(self, request_id: str, delta: Delta) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.put(delta)
+        if delta.finish_reason is not None:
+            self._streams.pop(request_id, None)

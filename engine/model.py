@@ -34,7 +34,15 @@ class Model:
         rope = self.rope.at(batch.positions)
         groups = config.num_heads // config.num_kv_heads
         attention = plan_attention(
-            batch.lengths, batch.context, batch.upto, batch.lo, batch.hi, batch.pages, page_size, groups, self.dtype
+            batch.lengths,
+            batch.context,
+            batch.upto,
+            batch.lo,
+            batch.hi,
+            batch.pages,
+            page_size,
+            groups,
+            self.dtype,
         )
         x, residual = self.embedding[batch.token_ids], None
         for layer, cache in zip(self.layers, kv, strict=True):

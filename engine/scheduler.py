@@ -78,7 +78,9 @@ class Scheduler:
         while self.waiting and self._rows:
             sequence = self.waiting[0]
             enough = self.pool.missing(0, len(sequence.tokens) + self.config.page_size)
-            spoken_for = sum(self.pool.missing(len(s.pages), s.prefill_target) for s in self.running if not s.decoding)
+            spoken_for = sum(
+                self.pool.missing(len(s.pages), s.prefill_target) for s in self.running if not s.decoding
+            )
             if sequence.in_flight or (self.running and enough + spoken_for > self.pool.free):
                 return
             self.waiting.popleft()

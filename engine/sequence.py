@@ -25,7 +25,9 @@ class Sequence:
         self.arrival = arrival
         self.tokens: list[int] = [*request.prompt, *request.generated]
         self.num_prompt = len(request.prompt)
-        self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else frozenset(eos_ids))
+        self.stop_ids = frozenset(sampling.stop_token_ids) | (
+            frozenset() if sampling.ignore_eos else frozenset(eos_ids)
+        )
         self.choice: ModeChoice = request.mode
         self.mode: Mode | None = None
         self.wanted: Mode | None = None  # takes over at the next seam
@@ -85,5 +87,10 @@ class Sequence:
 
     def stats(self) -> DecodeStats:
         return DecodeStats(
-            tuple(self.modes_used), self.forwards, self.drafted, self.accepted, self.denoise_passes, self.canvases
+            tuple(self.modes_used),
+            self.forwards,
+            self.drafted,
+            self.accepted,
+            self.denoise_passes,
+            self.canvases,
         )

@@ -11,8 +11,8 @@ from engine.segment import Pattern, Settle
 from engine.state import Tables
 from engine.step import BLOCK, PATTERN, STEPS, Step
 from kernels.commit import commit
-from kernels.vocabulary import choose, confidence
 from kernels.verify import accepted
+from kernels.vocabulary import choose, confidence
 
 Head = Callable[[Tensor], Tensor]
 
@@ -50,7 +50,9 @@ class Settler:
         if len(outputs) == 1:
             return outputs[0]
         width = max(output.tokens.shape[1] for output in outputs)
-        padded = [torch.nn.functional.pad(output.tokens, (0, width - output.tokens.shape[1])) for output in outputs]
+        padded = [
+            torch.nn.functional.pad(output.tokens, (0, width - output.tokens.shape[1])) for output in outputs
+        ]
         return StepOutput(torch.cat([output.count for output in outputs]), torch.cat(padded))
 
     def _choose(self, logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
@@ -85,7 +87,9 @@ class Settler:
 
     def _denoise(self, part: slice) -> StepOutput:
         batch, tables = self.batch, self.tables
-        row, block, context, open_ = (t[part] for t in (batch.row, batch.block, batch.context, batch.bidirectional))
+        row, block, context, open_ = (
+            t[part] for t in (batch.row, batch.block, batch.context, batch.bidirectional)
+        )
         column = torch.arange(self._width(part), device=row.device)
         inside = column < block[:, None]  # [S, W]
         query = batch.first[part, None] + column.minimum(block[:, None] - 1)
@@ -96,7 +100,9 @@ class Settler:
         wanted = inside & torch.where(open_[:, None], canvas == tables.mask_id, column == block[:, None] - 1)
         index = wanted.view(-1).nonzero()[:, 0]
         logits = self.head(self.hidden[query.view(-1)[index]])
-        token = self._choose(logits, row[:, None].expand_as(slot).reshape(-1)[index], position.view(-1)[index])
+        token = self._choose(
+            logits, row[:, None].expand_as(slot).reshape(-1)[index], position.view(-1)[index]
+        )
         drawn = torch.zeros_like(canvas)
         drawn.view(-1)[index] = token
         sure = torch.zeros_like(canvas, dtype=logits.dtype)
@@ -144,7 +150,8 @@ class Settler:
         batch, tables = self.batch, self.tables
         row, block, context = batch.row[part][chosen], batch.block[part][chosen], batch.context[part][chosen]
         count = count[chosen]
-        column = torch.arange(1, self._width(part), device=row.device)  # the group's first mask is the seed token, which is known
+        # the group's first mask stands where the seed token is known by now
+        column = torch.arange(1, self._width(part), device=row.device)
         inside = (column < block[:, None]).view(-1).nonzero()[:, 0]
         query = (batch.first[part][chosen] + block + (count - 1) * block)[:, None] + column
         slot = ((context + count)[:, None] + column).view(-1)[inside]

@@ -1,7 +1,6 @@
 """The device tables: one row per running sequence, read and written by every step without the host."""
 
 import torch
-from torch import Tensor
 
 from engine.step import (
     MIN_P,
@@ -45,12 +44,17 @@ class Tables:
 
     def _start(self, step: Step) -> None:
         device = self.cached.device
-        rows, sampling = torch.from_numpy(step.rows).to(device), torch.from_numpy(step.sampling).to(device).float()
+        rows, sampling = (
+            torch.from_numpy(step.rows).to(device),
+            torch.from_numpy(step.sampling).to(device).float(),
+        )
         row = rows[:, ROW_ID]
         self.tokens[row] = self.mask_id
         length = rows[:, ROW_TOKENS]
         owner = torch.repeat_interleave(row, length)
-        column = torch.arange(len(step.tokens), device=device) - torch.repeat_interleave(length.cumsum(0) - length, length)
+        column = torch.arange(len(step.tokens), device=device) - torch.repeat_interleave(
+            length.cumsum(0) - length, length
+        )
         self.tokens[owner, column] = torch.from_numpy(step.tokens).to(device)
         self.cached[row] = 0
         self.passes[row] = 0

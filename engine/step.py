@@ -54,7 +54,8 @@ def pack(segments: Seq[Segment], started: Seq[Sequence], granted: Seq[tuple[int,
             dtype=np.int64,
         ).reshape(-1, 4),
         sampling=np.array(
-            [(p.temperature, p.top_p, p.min_p) for p in (s.request.sampling for s in started)], dtype=np.float64
+            [(p.temperature, p.top_p, p.min_p) for p in (s.request.sampling for s in started)],
+            dtype=np.float64,
         ).reshape(-1, 3),
         tokens=np.array([t for s in started for t in s.tokens], dtype=np.int64),
         greedy=all(p.temperature == 0 for p in params),
@@ -65,5 +66,3 @@ def pack(segments: Seq[Segment], started: Seq[Sequence], granted: Seq[tuple[int,
 def slack(block_length: int, quadratic_block_length: int) -> int:
     """Slots beyond the last committed token that a segment may write."""
     return max(block_length, quadratic_block_length * (quadratic_block_length + 1)) + 1
-
-

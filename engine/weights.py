@@ -1,4 +1,4 @@
-"""Reads a checkpoint's safetensors after checking every header against the geometry. Never runs code of a checkpoint."""
+"""Reads a checkpoint's safetensors, once every header fits the geometry. Never runs a checkpoint's code."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,9 @@ def adapter_shapes(config: ModelConfig, rank: int) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def load_weights(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
     """All tensors by their names, and the adapter's, if the checkpoint has one, as
     `encoder.layers.N.self_attn.o_proj.lora_{A,B}` with its scale folded into B.
 

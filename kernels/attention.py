@@ -79,8 +79,12 @@ def ragged_attention(q: Tensor, kv: Tensor, plan: list[AttentionGroup]) -> Tenso
     for group in plan:
         rows = group.segments * group.length
         # rows of one KV head share its keys: [segments, kv_heads, groups * length, head_dim]
-        query = q[group.start : group.start + rows].view(group.segments, group.length, kv_heads, groups, head_dim)
-        query = query.permute(0, 2, 3, 1, 4).reshape(group.segments, kv_heads, groups * group.length, head_dim)
+        query = q[group.start : group.start + rows].view(
+            group.segments, group.length, kv_heads, groups, head_dim
+        )
+        query = query.permute(0, 2, 3, 1, 4).reshape(
+            group.segments, kv_heads, groups * group.length, head_dim
+        )
         cached = kv[group.slots].transpose(1, 2)  # [segments, 2 * kv_heads, keys, head_dim]
         result = F.scaled_dot_product_attention(query, cached[:, :kv_heads], cached[:, kv_heads:], group.bias)
         result = result.view(group.segments, kv_heads, groups, group.length, head_dim).permute(0, 3, 1, 2, 4)

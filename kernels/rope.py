@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def rope_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, scale: Tensor, kv: Tensor, slots: Tensor, heads: int) -> Tensor:
+def rope_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, scale: Tensor, kv: Tensor, slots: Tensor, heads: int
+) -> Tensor:
     """Rotates queries and keys, scales the queries and writes keys and values to their slots.
 
     qkv: [T, heads + 2 * kv_heads, head_dim]. cos, sin: [T, 1, head_dim], the first half of sin negated.

@@ -34,7 +34,9 @@ TOY = ModelConfig(
 TOY_ENGINE = EngineConfig(dtype="float64", page_size=4, kv_tokens=2048, max_running=8, max_batch_tokens=160)
 
 
-def random_weights(config: ModelConfig, seed: int, dtype: torch.dtype, adapter: bool = True) -> dict[str, Tensor]:
+def random_weights(
+    config: ModelConfig, seed: int, dtype: torch.dtype, adapter: bool = True
+) -> dict[str, Tensor]:
     """Weights whose logits depend enough on the last tokens for drafts to be right now and then."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -88,8 +88,8 @@ class Layer:
         batch: Batch,
         config: ModelConfig,
     ) -> tuple[Tensor, Tensor]:
-        """x: [T, hidden], what the layer before adds to the residual stream. kv: [slots, 2 * kv_heads, head_dim].
-        Returns this layer's addition and the stream before it."""
+        """x: [T, hidden], what the layer before adds to the residual stream. kv: [pages, page_size, 2 * kv_heads,
+        head_dim]. Returns this layer's addition and the stream before it."""
         x, residual = add_rms_norm(x, residual, self.input_norm, config.rms_norm_eps)
         qkv = F.linear(x, self.qkv).view(len(x), -1, config.head_dim)
         q = rope_and_store(qkv, rope.cos, rope.sin, rope.scale, kv, batch.slots, config.num_heads)

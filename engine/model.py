@@ -27,8 +27,8 @@ class Model:
     def has_adapter(self) -> bool:
         return self.layers[0].lora_a is not None
 
-    def forward(self, batch: Batch, kv: Tensor, page_size: int) -> Tensor:
-        """Runs all query tokens. kv: [layers, slots, 2 * kv_heads, head_dim], read and written.
+    def forward(self, batch: Batch, kv: Tensor) -> Tensor:
+        """Runs all query tokens. kv: [layers, pages, page_size, 2 * kv_heads, head_dim], read and written.
         Returns the normalised hidden states, [T, hidden]."""
         config = self.config
         rope = self.rope.at(batch.positions)
@@ -40,7 +40,7 @@ class Model:
             batch.lo,
             batch.hi,
             batch.pages,
-            page_size,
+            kv.shape[2],
             groups,
             self.dtype,
         )

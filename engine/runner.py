@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.batch import expand
 from engine.config import CheckpointError, EngineConfig, ModelConfig
@@ -22,8 +23,8 @@ class Runner:
         length = max_model_len + slack(block_length, config.quadratic_block_length)
         columns = -(-length // config.page_size)
         self.tables = Tables(config.max_running, length, columns, model.config.mask_id, model.device)
-        slots = config.kv_tokens // config.page_size * config.page_size
-        shape = (model.config.num_layers, slots, 2 * model.config.num_kv_heads, model.config.head_dim)
+        geometry, pages = model.config, config.kv_tokens // config.page_size
+        shape = (geometry.num_layers, pages, config.page_size, 2 * geometry.num_kv_heads, geometry.head_dim)
         self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.forward_seconds = 0.0
 
@@ -33,9 +34,15 @@ class Runner:
         self.tables.update(step)
         batch = expand(step, self.tables, self.page_size, self.model.dtype)
         start = time.perf_counter()
-        hidden = self.model.forward(batch, self.kv, self.page_size)
+        hidden = self.model.forward(batch, self.kv)
         self.forward_seconds += time.perf_counter() - start
-        return Settler(step, batch, self.tables, hidden, self.model.head).run()
+        return Settler(step, batch, self.tables, hidden, self._head).run()
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        start = time.perf_counter()
+        logits = self.model.head(hidden)
+        self.forward_seconds += time.perf_counter() - start
+        return logits
 
 
 def load_model(config: EngineConfig) -> Model:

@@ -18,7 +18,8 @@ class AttentionGroup:
     start: int
     segments: int
     length: int
-    slots: Tensor  # [segments, keys] int64, KV slot of each key
+    keys: int  # of the longest segment, its own included
+    pages: Tensor  # [segments * columns] int64, pages that hold them
     bias: Tensor | None  # [segments, 1, groups * length, keys], 0 or -inf; None where everything is visible
 
 
@@ -47,11 +48,11 @@ def plan_attention(
             end += 1
         count, stop = end - segment, token + (end - segment) * length
         first = context[segment:end, None]
-        keys = torch.arange(int(first.max()) + length, device=context.device)
-        slots = page_table[segment:end].index_select(1, keys // page_size) * page_size + keys % page_size
-        if length == 1 and count == 1:
-            bias = None
-        else:
+        longest = int(first.max()) + length
+        pages = page_table[segment:end, : -(-longest // page_size)].reshape(-1)
+        bias = None
+        if length > 1 or count > 1:
+            keys = torch.arange(longest, device=context.device)
             start = first[:, None]  # [count, 1, 1]
             visible = keys < start + upto[token:stop].view(count, length, 1)
             if lo is not None and hi is not None:
@@ -61,7 +62,7 @@ def plan_attention(
                 visible |= own
             hidden = torch.zeros((), dtype=dtype, device=context.device).masked_fill(~visible, float("-inf"))
             bias = hidden[:, None].expand(count, groups, length, -1).reshape(count, 1, groups * length, -1)
-        plan.append(AttentionGroup(token, count, length, slots, bias))
+        plan.append(AttentionGroup(token, count, length, longest, pages, bias))
         segment, token = end, stop
     return plan
 
@@ -69,11 +70,11 @@ def plan_attention(
 def ragged_attention(q: Tensor, kv: Tensor, plan: list[AttentionGroup]) -> Tensor:
     """Attention of all segments at once.
 
-    q: [T, heads, head_dim], rotated and query-scaled. kv: [slots, 2 * kv_heads, head_dim], keys then values.
+    q: [T, heads, head_dim], rotated and query-scaled. kv: [pages, page_size, 2 * kv_heads, head_dim], keys then values.
     Returns [T, heads * head_dim].
     """
     tokens, heads, head_dim = q.shape
-    kv_heads = kv.shape[1] // 2
+    kv_heads = kv.shape[2] // 2
     groups = heads // kv_heads
     out = q.new_empty(tokens, heads * head_dim)
     for group in plan:
@@ -85,7 +86,8 @@ def ragged_attention(q: Tensor, kv: Tensor, plan: list[AttentionGroup]) -> Tenso
         query = query.permute(0, 2, 3, 1, 4).reshape(
             group.segments, kv_heads, groups * group.length, head_dim
         )
-        cached = kv[group.slots].transpose(1, 2)  # [segments, 2 * kv_heads, keys, head_dim]
+        cached = kv.index_select(0, group.pages).view(group.segments, -1, 2 * kv_heads, head_dim)
+        cached = cached[:, : group.keys].transpose(1, 2)  # [segments, 2 * kv_heads, keys, head_dim]
         result = F.scaled_dot_product_attention(query, cached[:, :kv_heads], cached[:, kv_heads:], group.bias)
         result = result.view(group.segments, kv_heads, groups, group.length, head_dim).permute(0, 3, 1, 2, 4)
         out[group.start : group.start + rows] = result.reshape(rows, heads * head_dim)

@@ -1,0 +1,42 @@
+"""The Ray Serve application: the only place where its deployments are put together.
+
+Without `from __future__ import annotations`: it would hide the type of `args` from Serve, which would then pass the raw
+mapping instead of a validated AppConfig.
+"""
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from serve_app.config import AppConfig
+from serve_app.engine_replica import EngineReplica
+from serve_app.ingress import Ingress
+
+NAME = "triserve"
+INGRESS_ONGOING = 4096  # requests that one ingress replica follows at a time
+
+
+def build(args: AppConfig) -> Application:
+    """The application for a configuration: an ingress in front of the engine's replicas."""
+    common: dict[str, Any] = {
+        "health_check_period_s": args.serve.health_check_seconds,
+        "health_check_timeout_s": max(30.0, 3 * args.serve.health_check_seconds),
+        "graceful_shutdown_timeout_s": args.serve.drain_seconds,
+    }
+    gpus = 1 if args.engine.device.startswith("cuda") else 0
+    engine = serve.deployment(
+        name="engine",
+        num_replicas=args.replicas,
+        max_ongoing_requests=args.serve.max_ongoing_requests,
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        **common,
+    )(EngineReplica)
+    ingress = serve.deployment(
+        name="ingress",
+        num_replicas=args.server.ingress_replicas,
+        max_ongoing_requests=INGRESS_ONGOING,
+        ray_actor_options={"num_cpus": 0},
+        **common,
+    )(Ingress)
+    return ingress.bind(args, engine.bind(args.effective_engine))

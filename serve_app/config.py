@@ -1,0 +1,181 @@
+"""The one typed configuration: the command line, YAML files and the Serve builder all make an AppConfig.
+
+Ray reads many of its settings from environment variables; `ray_environment` derives them from here, so that the same
+configuration gives the same server everywhere.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engine.config import BLOCK_LENGTHS, EngineConfig
+from serve_app import limits
+
+BUNDLED_CHECKPOINT = EngineConfig().checkpoint
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the keys and says why."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class ServerConfig(_Section):
+    """What clients see. Times in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_name: str = ""  # empty: the checkpoint folder's name
+    ingress_replicas: int = 1
+    max_body_bytes: int = 4 * limits.MIB
+    default_max_tokens: int = 4096  # of a request that sets none; never more than its context leaves
+    keep_alive_seconds: float = 15.0  # an SSE comment after so much silence
+
+
+class ServeConfig(_Section):
+    """How Ray Serve runs the application. Times in seconds."""
+
+    proxy: Literal["python", "haproxy"] = "python"
+    max_ongoing_requests: int = 1024  # per engine replica; they wait in the engine, not in Serve
+    health_check_seconds: float = 1.0
+    start_seconds: float = 1800.0  # until every replica must be up
+    drain_seconds: float = 600.0  # what a leaving replica's streams get
+    stats_port: int = 8404  # HAProxy's own pages
+    metrics_port: int = 9101
+
+
+class AppConfig(_Section):
+    """The whole application. Unknown keys are errors at every level."""
+
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    server: ServerConfig = ServerConfig()
+    serve: ServeConfig = ServeConfig()
+    replicas: int = 1  # of the engine
+    ar_mode: bool = False  # another way to say engine.default_mode: ar
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, raw: Any) -> Any:
+        # Here and not in pydantic's own message, so that whoever validates gets the suggestion.
+        unknown = list(_unknown_keys(cls, raw, ""))
+        if unknown:
+            raise ValueError("; ".join(unknown))
+        return raw
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> "AppConfig":
+        for place, (least, most) in limits.CONFIG.items():
+            value = _at(self, place)
+            if not least <= value <= most:
+                raise ValueError(f"{place} must be between {least} and {most}, not {value}")
+        for place in ("engine.block_length", "engine.diffusion.block_length"):
+            if _at(self, place) not in (0, *BLOCK_LENGTHS):
+                raise ValueError(f"{place} must be 0 or one of {BLOCK_LENGTHS}, not {_at(self, place)}")
+        if self.ar_mode and self.engine.default_mode not in ("auto", "ar"):
+            raise ValueError(f"ar_mode contradicts engine.default_mode: {self.engine.default_mode}")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients use."""
+        if self.server.model_name:
+            return self.server.model_name
+        if Path(self.engine.checkpoint) == Path(BUNDLED_CHECKPOINT):
+            return "triserve-tiny"
+        return Path(self.engine.checkpoint).resolve().name
+
+    @property
+    def effective_engine(self) -> EngineConfig:
+        """The engine's configuration with `ar_mode` applied."""
+        return dataclasses.replace(self.engine, default_mode="ar") if self.ar_mode else self.engine
+
+
+def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> AppConfig:
+    """Reads a YAML file, if any, and sets `overrides` (dotted key: value) in it. Raises ConfigError."""
+    raw: Any = {}
+    if path is not None:
+        try:
+            raw = yaml.safe_load(path.read_text("utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: must hold a mapping, not {type(raw).__name__}")
+    for place, value in (overrides or {}).items():
+        *sections, name = place.split(".")
+        section = raw
+        for key in sections:
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{path}: {key} must hold a mapping")
+        section[name] = value
+    try:
+        return AppConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(detail) for detail in error.errors())) from error
+
+
+def ray_environment(config: AppConfig) -> dict[str, str]:
+    """The environment variables that Ray's processes need for `config`, all of them and nothing else.
+
+    One event loop per replica and gRPC between deployments: cancellation is reliable in this combination, and a stream
+    over two hops carries three times the chunks.
+    """
+    haproxy = config.serve.proxy == "haproxy"
+    environment = {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1" if haproxy else "0",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy else "0",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(config.serve.health_check_seconds),
+        "RAY_SERVE_RUN_SYNC_IN_THREADPOOL": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    if haproxy:
+        drain = str(int(config.serve.drain_seconds))
+        environment |= {
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": drain,
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(config.serve.stats_port),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(config.serve.metrics_port),
+        }
+    return environment
+
+
+def _at(value: Any, place: str) -> Any:
+    for name in place.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _fields(section: Any) -> dict[str, Any] | None:
+    """The keys of a configuration class with their types; None for anything else."""
+    if dataclasses.is_dataclass(section) and isinstance(section, type):
+        return typing.get_type_hints(section)
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    return None
+
+
+def _unknown_keys(section: Any, raw: Any, place: str) -> Iterator[str]:
+    fields = _fields(section)
+    if fields is None or not isinstance(raw, Mapping):
+        return
+    for key, value in raw.items():
+        if key in fields:
+            yield from _unknown_keys(fields[key], value, f"{place}{key}.")
+            continue
+        close = difflib.get_close_matches(str(key), fields, n=1)
+        known = f"did you mean {place}{close[0]}?" if close else f"known: {', '.join(fields)}"
+        yield f"unknown key {place}{key} ({known})"
+
+
+def _sentence(detail: Any) -> str:
+    place = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message

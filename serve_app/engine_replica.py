@@ -1,0 +1,98 @@
+"""The deployment that holds an engine. Plain lists go in and out; nothing of torch is imported outside a replica."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from engine.config import DiffusionParams, EngineConfig, SamplingParams
+from engine.request import Delta, Request, Slo
+
+# Token ids, finish reason, decode statistics, error. Besides the engine's finish reasons there is "refused", whose
+# error starts with the parameter at fault.
+Chunk = tuple[list[int], str | None, dict[str, Any] | None, str | None]
+
+
+class EngineReplica:
+    """One engine behind a Serve replica. Raises CheckpointError if the checkpoint cannot be served."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        # Not at the top: the ingress and the command line import this module and must not pay for torch.
+        from engine.loop import EngineLoop
+
+        self._engine = EngineLoop(config)
+
+    async def stream(self, packed: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
+        """The answer to a packed request. Leaving the stream aborts the sequence."""
+        async with aclosing(_coalesced(self._engine.stream(unpack(packed)))) as deltas:
+            try:
+                async for delta in deltas:
+                    stats = None if delta.stats is None else dataclasses.asdict(delta.stats)
+                    yield list(delta.token_ids), delta.finish_reason, stats, delta.error
+            except ValueError as error:
+                yield [], "refused", None, str(error)
+            except RuntimeError as error:
+                yield [], "error", None, str(error)
+
+    async def abort(self, request_id: str) -> None:
+        self._engine.abort(request_id)
+
+    async def status(self) -> dict[str, Any]:
+        """Counters of the engine, and what never changes: its context length and its start-up times."""
+        status = dataclasses.asdict(self._engine.status())
+        return status | {"max_model_len": self._engine.max_model_len, "phases": dict(self._engine.phases)}
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        error = self._engine.status().error
+        if error is not None:
+            raise RuntimeError(f"the engine has stopped: {error}")
+
+
+def pack(request: Request) -> dict[str, Any]:
+    return dataclasses.asdict(request)
+
+
+def unpack(packed: dict[str, Any]) -> Request:
+    return Request(
+        **{
+            **packed,
+            "sampling": SamplingParams(**packed["sampling"]),
+            "diffusion": DiffusionParams(**packed["diffusion"]),
+            "slo": Slo(**packed["slo"]),
+        }
+    )
+
+
+async def _coalesced(deltas: AsyncIterator[Delta]) -> AsyncGenerator[Delta, None]:
+    """The same tokens in as few deltas as the reader can take: what waits for it is joined."""
+    waiting: list[Delta] = []
+    arrived = asyncio.Event()
+
+    async def collect() -> None:
+        try:
+            async for delta in deltas:
+                waiting.append(delta)
+                arrived.set()
+        finally:
+            arrived.set()
+
+    collector = asyncio.create_task(collect())
+    try:
+        while True:
+            await arrived.wait()
+            arrived.clear()
+            ready = waiting[:]
+            waiting.clear()
+            if ready:
+                tokens = tuple(token for delta in ready for token in delta.token_ids)
+                yield dataclasses.replace(ready[-1], token_ids=tokens)
+            elif collector.done():
+                await collector  # raises what ended the stream, if anything did
+                return
+            if collector.done():
+                arrived.set()
+    finally:
+        collector.cancel()
+        await asyncio.gather(collector, return_exceptions=True)

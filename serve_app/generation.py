@@ -1,0 +1,120 @@
+"""The sequences of one API request: followed together, and never outliving it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from engine.request import DecodeStats
+from serve_app.answer import Answer
+from serve_app.engine_client import EngineClient
+from serve_app.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """New text of one choice; `finish_reason` comes with its last."""
+
+    choice: int
+    text: str
+    finish_reason: str | None
+
+
+class Generation:
+    """Runs `answers` from construction on; whoever makes one must `close` it."""
+
+    def __init__(self, engine: EngineClient, answers: Sequence[Answer]) -> None:
+        self.answers = answers
+        self._engine = engine
+        self._events: asyncio.Queue[Event | ApiError] = asyncio.Queue()
+        self._first: Event | None = None
+        self._open = len(answers)
+        self._tasks = [
+            asyncio.create_task(self._follow(choice, answer)) for choice, answer in enumerate(answers)
+        ]
+
+    async def settle(self, seconds: float) -> None:
+        """Waits until the first event or for `seconds`: a failure until then can still be an HTTP status."""
+        self._first = await self._next(seconds)
+
+    async def events(self, quiet_seconds: float | None) -> AsyncIterator[Event | None]:
+        """Every event; None after so much silence. Raises ApiError when a sequence fails."""
+        if self._first is not None:
+            yield self._first
+        while self._open:
+            yield await self._next(quiet_seconds)
+
+    def close(self) -> None:
+        """Aborts what still runs. Returns at once."""
+        for task in self._tasks:
+            task.cancel()
+
+    def usage(self, prompt_tokens: int) -> dict[str, Any]:
+        """OpenAI's counters, and under `decode` how the tokens were decoded."""
+        completion_tokens = sum(answer.tokens for answer in self.answers)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "decode": _decode_usage([answer.stats for answer in self.answers], completion_tokens),
+        }
+
+    async def _next(self, seconds: float | None) -> Event | None:
+        try:
+            async with asyncio.timeout(seconds):
+                event = await self._events.get()
+        except TimeoutError:
+            return None
+        if isinstance(event, ApiError):
+            raise event
+        self._open -= event.finish_reason is not None
+        return event
+
+    async def _follow(self, choice: int, answer: Answer) -> None:
+        ended = False
+        try:
+            async with aclosing(self._engine.stream(answer.request)) as chunks:
+                async for token_ids, finish_reason, stats, error in chunks:
+                    ended = finish_reason is not None
+                    if finish_reason in ("error", "abort"):
+                        raise ApiError(
+                            error or "the engine stopped this request", status=500, code="engine_error"
+                        )
+                    if stats is not None:
+                        answer.stats = DecodeStats(**stats)
+                    text = answer.push(token_ids, finish_reason)
+                    if text or answer.finish_reason:
+                        self._events.put_nowait(Event(choice, text, answer.finish_reason))
+                    if answer.finish_reason:
+                        return
+        except ApiError as failure:
+            self._events.put_nowait(failure)
+        except Exception:
+            logger.exception("request %s failed", answer.request.id)
+            self._events.put_nowait(ApiError("internal server error", status=500))
+        finally:
+            if not ended:
+                self._engine.abort(answer.request.id)
+
+
+def _failure(finish_reason: str | None, error: str | None) -> ApiError:
+    message = error or "the engine ended this request"
+    if finish_reason == "refused":
+        return ApiError(message, param=message.partition(":")[0], code="invalid_value")
+    return ApiError(message, status=500, code="engine_error")
+
+
+def _decode_usage(stats: Sequence[DecodeStats], tokens: int) -> dict[str, Any]:
+    forwards = sum(each.forwards for each in stats)
+    return {
+        "mode": sorted({mode for each in stats for mode in each.modes}),
+        "forward_passes": forwards,
+        "tokens_per_forward": round(tokens / forwards, 3) if forwards else 0.0,
+        "drafted": sum(each.drafted for each in stats),
+        "accepted": sum(each.accepted for each in stats),
+        "denoise_passes": sum(each.denoise_passes for each in stats),
+    }

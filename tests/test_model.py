@@ -49,7 +49,7 @@ def test_causal_canvas_and_quadratic_segments_in_one_step_equal_the_dense_networ
     got = model.head(model.forward(batch, runner.kv))
 
     plain = oracle.causal_logits(TOY, weights, texts[0])[-1]
-    torch.testing.assert_close(got[0], plain)
+    torch.testing.assert_close(got[0], plain, rtol=0, atol=1e-11)
 
     start, mask = len(texts[1]) - 1, TOY.mask_id
     tokens = texts[1] + [mask] * 7
@@ -58,7 +58,7 @@ def test_causal_canvas_and_quadratic_segments_in_one_step_equal_the_dense_networ
     on = torch.zeros(len(tokens), dtype=torch.float64)
     on[start:] = 1
     want = oracle.forward(TOY, weights, tokens, list(range(len(tokens))), visible, on)[start:]
-    torch.testing.assert_close(got[1:9], want)
+    torch.testing.assert_close(got[1:9], want, rtol=0, atol=1e-11)
 
     base = texts[2]
     drafts = [mask] * 3  # nothing is drafted yet: the pending drafts are masks
@@ -69,7 +69,7 @@ def test_causal_canvas_and_quadratic_segments_in_one_step_equal_the_dense_networ
         visible = torch.ones(len(tokens), len(tokens)).tril().bool()
         visible[len(prefix) :] = True
         want = oracle.forward(TOY, weights, tokens, list(range(len(tokens))), visible)[len(prefix) :]
-        torch.testing.assert_close(got[13 + 4 * group : 17 + 4 * group], want)
+        torch.testing.assert_close(got[13 + 4 * group : 17 + 4 * group], want, rtol=0, atol=1e-11)
 
 
 def test_prefill_in_any_chunks_gives_the_same_cache() -> None:

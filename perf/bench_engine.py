@@ -1,0 +1,371 @@
+"""Tokens per second of every decode mode beside Hugging Face `generate` on the same weights.
+
+Run: `python -m perf.bench_engine`.
+
+Both sides run in this process on one torch thread, in float32, greedily, and take turns. Prompts are held-out tasks of
+the bundled checkpoint. Seconds include prefill. Only tokens that a request asked for count.
+
+Workloads: `equal` (every answer has the same length, eos ignored), `mixed` (lengths drawn log-uniformly; a batch of
+Hugging Face's waits for its longest answer, the engine refills its rows) and `natural` (every answer ends at its eos).
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Ministral3Config, Ministral3ForCausalLM
+
+from engine.batch import Batch
+from engine.config import DiffusionParams, EngineConfig, ModelConfig, ModeName, SamplingParams
+from engine.engine import Engine
+from engine.executor import LocalExecutor
+from engine.model import Model
+from engine.request import DecodeStats, Request
+from engine.runner import load_model
+from engine.tiny.tasks import evaluation_tasks
+from engine.tokenizer import Tokenizer
+
+RESULTS = Path(__file__).parent / "results"
+HF = "hf generate"
+DRAFT_BLOCK_LENGTHS = (8, 16, 32)
+SHORTEST, LONGEST = 16, 256  # tokens, of mixed answers
+GEOMETRY = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "rope_parameters",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request: `tokens` is the exact length of its answer, or with `natural` the most it may take."""
+
+    prompt: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    name: str
+    batch: int
+    jobs: list[Job]
+    natural: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One way of ours to decode. `block` 0 is the checkpoint's own block length, where the mode has one."""
+
+    name: str
+    mode: ModeName
+    block: int = 0
+
+
+@dataclass(slots=True)
+class Sample:
+    """One timed run of a workload. Seconds of wall time; `model_seconds` of them in the forward and the output head."""
+
+    seconds: float
+    answers: list[tuple[int, ...]]
+    model_seconds: float = 0.0
+    stats: list[DecodeStats] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.answers))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Medians over the repeats of one side on one workload."""
+
+    workload: str
+    batch: int
+    side: str
+    tokens_per_second: float
+    ratio_to_hf: float
+    ratio_to_ar: float
+    tokens_per_forward: float
+    overhead_us_per_sequence: float  # engine time outside the model, per sequence and step
+    overhead_percent: float  # of the engine's time
+    equal_to_hf: int  # prompts with the same tokens as Hugging Face
+    prompts: int
+
+
+SIDES = (
+    Side("ar", "ar"),
+    Side("diffusion", "diffusion"),
+    *(Side(f"linear_spec B={length}", "linear_spec", length) for length in DRAFT_BLOCK_LENGTHS),
+    Side("quadratic_spec", "quadratic_spec"),
+)
+
+
+class HuggingFace:
+    """transformers' Ministral3ForCausalLM, which computes what NLD's causal passes compute, with an NLD's weights."""
+
+    def __init__(self, checkpoint: Path, geometry: ModelConfig) -> None:
+        raw = json.loads((checkpoint / "config.json").read_text())
+        config = Ministral3Config(**{key: raw[key] for key in GEOMETRY}, bos_token_id=None, eos_token_id=None)
+        self.model = Ministral3ForCausalLM(config).train(False)
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(checkpoint.glob("*.safetensors")):
+            tensors |= load_file(file)
+        self.model.load_state_dict({hf_name(name): tensor for name, tensor in tensors.items()})
+        self.eos_ids = list(geometry.eos_ids)
+
+    def run(self, workload: Workload) -> Sample:
+        start, answers = time.perf_counter(), []
+        for first in range(0, len(workload.jobs), workload.batch):
+            answers += self.generate(workload.jobs[first : first + workload.batch], workload.natural)
+        return Sample(time.perf_counter() - start, answers)
+
+    def generate(self, jobs: Sequence[Job], natural: bool) -> list[tuple[int, ...]]:
+        """One padded batch: prompts on the right edge, as `generate` wants them; it runs until the last one is done."""
+        width = max(len(job.prompt) for job in jobs)
+        pad = self.eos_ids[0]
+        ids = torch.tensor([(pad,) * (width - len(job.prompt)) + job.prompt for job in jobs])
+        mask = torch.tensor([[0] * (width - len(job.prompt)) + [1] * len(job.prompt) for job in jobs])
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max(job.tokens for job in jobs),
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=pad,
+                eos_token_id=self.eos_ids if natural else None,
+            )
+        answers = [tuple(row[: job.tokens]) for row, job in zip(out[:, width:].tolist(), jobs, strict=True)]
+        return [until_eos(answer, self.eos_ids) for answer in answers] if natural else answers
+
+
+def hf_name(name: str) -> str:
+    return "lm_head.weight" if name == "diffusion_head.weight" else name.replace("encoder.", "model.", 1)
+
+
+def until_eos(answer: tuple[int, ...], eos_ids: Sequence[int]) -> tuple[int, ...]:
+    ends = [index for index, token in enumerate(answer) if token in eos_ids]
+    return answer[: ends[0] + 1] if ends else answer
+
+
+class TimedModel(Model):
+    """Shares another model's tensors and adds up the seconds in its forward and its output head."""
+
+    def __init__(self, model: Model) -> None:
+        self.__dict__ |= model.__dict__
+        self.seconds = 0.0
+
+    def forward(self, batch: Batch, kv: Tensor) -> Tensor:
+        start = time.perf_counter()
+        hidden = super().forward(batch, kv)
+        self.seconds += time.perf_counter() - start
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        start = time.perf_counter()
+        logits = super().head(hidden)
+        self.seconds += time.perf_counter() - start
+        return logits
+
+
+class Ours:
+    """The engine with `batch` rows and one mode's block length."""
+
+    def __init__(self, side: Side, batch: int, model: Model, config: EngineConfig) -> None:
+        self.mode = side.mode
+        self.model = TimedModel(model)
+        config = replace(config, max_running=batch, block_length=side.block)
+        self.engine = Engine(config, LocalExecutor(self.model, config))
+
+    def run(self, workload: Workload) -> Sample:
+        requests = [
+            Request(
+                str(index),
+                job.prompt,
+                SamplingParams(temperature=0.0, max_tokens=job.tokens, ignore_eos=not workload.natural),
+                self.mode,
+                DiffusionParams(),
+            )
+            for index, job in enumerate(workload.jobs)
+        ]
+        tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+        stats: list[DecodeStats] = []
+        before = self.model.seconds
+        start = time.perf_counter()
+        for request in requests:
+            self.engine.add(request)
+        while not self.engine.idle:
+            for request_id, delta in self.engine.step().items():
+                tokens[request_id] += delta.token_ids
+                if delta.stats is not None:
+                    stats.append(delta.stats)
+        seconds = time.perf_counter() - start
+        answers = [tuple(tokens[request.id]) for request in requests]
+        return Sample(seconds, answers, self.model.seconds - before, stats)
+
+
+def workloads(prompts: Sequence[tuple[int, ...]], tokens: int) -> list[Workload]:
+    draw = random.Random(0)
+    mixed = [round(SHORTEST * (LONGEST / SHORTEST) ** draw.random()) for _ in prompts]
+    equal = [Job(prompt, tokens) for prompt in prompts]
+    return [
+        Workload("equal", 1, equal[:8]),
+        Workload("equal", 8, equal),
+        Workload("mixed", 8, [Job(prompt, length) for prompt, length in zip(prompts, mixed, strict=True)]),
+        Workload("natural", 1, [Job(prompt, LONGEST) for prompt in prompts[:8]], natural=True),
+        Workload("natural", 8, [Job(prompt, LONGEST) for prompt in prompts], natural=True),
+    ]
+
+
+def measure(
+    workload: Workload, runs: dict[str, Callable[[Workload], Sample]], repeats: int
+) -> dict[str, list[Sample]]:
+    """Every side in turn, `repeats` times, after one untimed run of each on the first jobs."""
+    warm_up = Workload(workload.name, workload.batch, workload.jobs[: workload.batch], workload.natural)
+    for run in runs.values():
+        run(warm_up)
+    samples: dict[str, list[Sample]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name, run in runs.items():
+            samples[name].append(run(workload))
+            done = f"{workload.name} batch {workload.batch}, repeat {repeat + 1}/{repeats}: {name}"
+            print(f"{done:<70} {samples[name][-1].seconds:8.2f} s", file=sys.stderr, flush=True)
+    return samples
+
+
+def summarise(workload: Workload, samples: dict[str, list[Sample]]) -> list[Row]:
+    def speed(sample: Sample) -> float:
+        return sample.tokens / sample.seconds
+
+    def ratio(name: str, base: str) -> float:
+        pairs = zip(samples[name], samples[base], strict=True)
+        return statistics.median(speed(ours) / speed(theirs) for ours, theirs in pairs)
+
+    reference = samples[HF][0].answers
+    rows = []
+    for name, runs in samples.items():
+        forwards = sum(stats.forwards for stats in runs[0].stats)
+        overhead = [run.seconds - run.model_seconds for run in runs]
+        rows.append(
+            Row(
+                workload.name,
+                workload.batch,
+                name,
+                statistics.median(map(speed, runs)),
+                ratio(name, HF),
+                ratio(name, "ar"),
+                runs[0].tokens / forwards if forwards else 1.0,
+                1e6 * statistics.median(overhead) / forwards if forwards else 0.0,
+                100 * statistics.median(o / run.seconds for o, run in zip(overhead, runs, strict=True))
+                if forwards
+                else 0.0,
+                sum(a == b for a, b in zip(runs[0].answers, reference, strict=True)),
+                len(reference),
+            )
+        )
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [
+        f"{'workload':<9}{'batch':>5}  {'side':<17}{'tok/s':>8}{'x HF':>7}{'x AR':>7}{'TPF':>6}"
+        f"{'us/seq':>8}{'% step':>8}  equal"
+    ]
+    for row in rows:
+        engine = (
+            f"{row.overhead_us_per_sequence:>8.0f}{row.overhead_percent:>8.1f}"
+            if row.side != HF
+            else " " * 16
+        )
+        lines.append(
+            f"{row.workload:<9}{row.batch:>5}  {row.side:<17}{row.tokens_per_second:>8.0f}{row.ratio_to_hf:>7.2f}"
+            f"{row.ratio_to_ar:>7.2f}{row.tokens_per_forward:>6.2f}{engine}  {row.equal_to_hf}/{row.prompts}"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    models = [
+        line.partition(":")[2].strip()
+        for line in read("/proc/cpuinfo").splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.bench_engine", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS / "bench_engine.json", help="where the results go"
+    )
+    parser.add_argument("--checkpoint", default=EngineConfig().checkpoint, help="by default the bundled one")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--prompts", type=int, default=32, help="held-out prompts; a batch of 1 takes the first 8"
+    )
+    parser.add_argument("--tokens", type=int, default=128, help="length of every answer in `equal`")
+    options = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = EngineConfig(checkpoint=options.checkpoint, threads=1, max_batch_tokens=1024)
+    checkpoint = Path(config.checkpoint)
+    geometry = ModelConfig.from_json(checkpoint / "config.json")
+    tokenizer = Tokenizer(checkpoint)
+    prompts = [tuple(tokenizer.encode_chat(task.prompt)) for task in evaluation_tasks(options.prompts)]
+    here = machine()
+    print(", ".join(f"{key} {value}" for key, value in here.items()), file=sys.stderr)
+
+    model, hugging_face = load_model(config), HuggingFace(checkpoint, geometry)
+    rows: list[Row] = []
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for workload in workloads(prompts, options.tokens):
+        runs: dict[str, Callable[[Workload], Sample]] = {HF: hugging_face.run}
+        runs |= {side.name: Ours(side, workload.batch, model, config).run for side in SIDES}
+        samples = measure(workload, runs, options.repeats)
+        rows += summarise(workload, samples)
+        timed = {name: [round(s.seconds, 4) for s in of_side] for name, of_side in samples.items()}
+        seconds[f"{workload.name} batch {workload.batch}"] = timed
+    print(table(rows))
+    report = {"machine": here, "options": {k: v for k, v in vars(options).items() if k not in ("json", "checkpoint")},
+              "rows": [asdict(row) for row in rows], "seconds": seconds}  # fmt: skip
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

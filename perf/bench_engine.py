@@ -29,7 +29,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Ministral3Config, Ministral3ForCausalLM
 
-from engine.batch import Batch
 from engine.config import DiffusionParams, EngineConfig, ModelConfig, ModeName, SamplingParams
 from engine.engine import Engine
 from engine.executor import LocalExecutor
@@ -84,11 +83,11 @@ class Side:
 
 @dataclass(slots=True)
 class Sample:
-    """One timed run of a workload. Seconds of wall time; `model_seconds` of them in the forward and the output head."""
+    """One timed run of a workload. Seconds of wall time; `forward_seconds` of them in the model, its head included."""
 
     seconds: float
     answers: list[tuple[int, ...]]
-    model_seconds: float = 0.0
+    forward_seconds: float = 0.0
     stats: list[DecodeStats] = field(default_factory=list)
 
     @property
@@ -169,34 +168,14 @@ def until_eos(answer: tuple[int, ...], eos_ids: Sequence[int]) -> tuple[int, ...
     return answer[: ends[0] + 1] if ends else answer
 
 
-class TimedModel(Model):
-    """Shares another model's tensors and adds up the seconds in its forward and its output head."""
-
-    def __init__(self, model: Model) -> None:
-        self.__dict__ |= model.__dict__
-        self.seconds = 0.0
-
-    def forward(self, batch: Batch, kv: Tensor) -> Tensor:
-        start = time.perf_counter()
-        hidden = super().forward(batch, kv)
-        self.seconds += time.perf_counter() - start
-        return hidden
-
-    def head(self, hidden: Tensor) -> Tensor:
-        start = time.perf_counter()
-        logits = super().head(hidden)
-        self.seconds += time.perf_counter() - start
-        return logits
-
-
 class Ours:
     """The engine with `batch` rows and one mode's block length."""
 
     def __init__(self, side: Side, batch: int, model: Model, config: EngineConfig) -> None:
         self.mode = side.mode
-        self.model = TimedModel(model)
         config = replace(config, max_running=batch, block_length=side.block)
-        self.engine = Engine(config, LocalExecutor(self.model, config))
+        self.executor = LocalExecutor(model, config)
+        self.engine = Engine(config, self.executor)
 
     def run(self, workload: Workload) -> Sample:
         requests = [
@@ -211,7 +190,7 @@ class Ours:
         ]
         tokens: dict[str, list[int]] = {request.id: [] for request in requests}
         stats: list[DecodeStats] = []
-        before = self.model.seconds
+        before = self.executor.runner.forward_seconds
         start = time.perf_counter()
         for request in requests:
             self.engine.add(request)
@@ -222,7 +201,7 @@ class Ours:
                     stats.append(delta.stats)
         seconds = time.perf_counter() - start
         answers = [tuple(tokens[request.id]) for request in requests]
-        return Sample(seconds, answers, self.model.seconds - before, stats)
+        return Sample(seconds, answers, self.executor.runner.forward_seconds - before, stats)
 
 
 def workloads(prompts: Sequence[tuple[int, ...]], tokens: int) -> list[Workload]:
@@ -266,7 +245,7 @@ def summarise(workload: Workload, samples: dict[str, list[Sample]]) -> list[Row]
     rows = []
     for name, runs in samples.items():
         forwards = sum(stats.forwards for stats in runs[0].stats)
-        overhead = [run.seconds - run.model_seconds for run in runs]
+        overhead = [run.seconds - run.forward_seconds for run in runs]
         rows.append(
             Row(
                 workload.name,

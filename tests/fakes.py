@@ -1,6 +1,7 @@
 """Random checkpoints of the family's layout, and engines on them, for tests of exactness."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,9 @@ from engine.executor import LocalExecutor
 from engine.model import Model
 from engine.request import Delta, Request
 from engine.runner import default_block_length, max_model_len
-from engine.step import slack
+from engine.segment import Pattern
+from engine.settle import StepOutput
+from engine.step import BLOCK, PATTERN, ROW, Step, slack
 from engine.weights import expected_shapes
 
 TOY = ModelConfig(
@@ -71,6 +74,34 @@ def toy_engine(seed: int = 0, adapter: bool = True, **settings: object) -> Engin
     """An engine on a random model; settings replace those of TOY_ENGINE."""
     config = replace(TOY_ENGINE, **settings)  # type: ignore[arg-type]
     return Engine(config, LocalExecutor(toy_model(seed, config, adapter=adapter), config))
+
+
+class DrafterExecutor(LocalExecutor):
+    """Replaces every linear draft by what `drafter(row, position)` says."""
+
+    def __init__(self, model: Model, config: EngineConfig, drafter: Callable[[int, int], int]) -> None:
+        super().__init__(model, config)
+        self.drafter = drafter
+
+    def run(self, step: Step) -> StepOutput:
+        output = super().run(step)
+        tables = self.runner.tables
+        for segment in step.segments[step.segments[:, PATTERN] == Pattern.CANVAS]:
+            row, cached = int(segment[ROW]), int(tables.cached[segment[ROW]])
+            for position in range(cached + 1, cached + int(segment[BLOCK])):
+                tables.tokens[row, position] = self.drafter(row, position)
+        return output
+
+
+def random_prompt(chance: random.Random, length: int) -> tuple[int, ...]:
+    """Any tokens but the mask."""
+    return tuple(chance.choice([t for t in range(TOY.vocab_size) if t != TOY.mask_id]) for _ in range(length))
+
+
+def ar_answer(seed: int, request: Request) -> list[int]:
+    """What a plain AR engine, all by itself, answers to the request."""
+    alone = replace(request, mode="ar", generated=())
+    return generate(toy_engine(seed), [alone])[request.id]
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import oracle
-from engine.batch import expand
+from engine import runner as runner_module
 from engine.config import SamplingParams
 from engine.request import Request
 from engine.segment import Pattern, Segment, Settle
@@ -16,13 +16,15 @@ from fakes import TOY, TOY_ENGINE, random_weights, toy_engine, toy_model
 
 
 def placed(tokens: list[int], prompt: int, row: int) -> Sequence:
-    sequence = Sequence(Request(str(row), tuple(tokens[:prompt]), generated=tuple(tokens[prompt:])), TOY.eos_ids, row)
+    sequence = Sequence(
+        Request(str(row), tuple(tokens[:prompt]), generated=tuple(tokens[prompt:])), TOY.eos_ids, row
+    )
     sequence.start(row)
     return sequence
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_causal_canvas_and_quadratic_segments_in_one_step_equal_the_dense_network(seed: int) -> None:
+def check_step(seed: int) -> None:
+    """Runs a causal, a canvas and a quadratic segment in one step; asserts that each row is the dense network's."""
     chance = random.Random(seed)
     model, weights = toy_model(seed, TOY_ENGINE), random_weights(TOY, seed, torch.float64)
     engine = toy_engine(seed)
@@ -36,7 +38,8 @@ def test_causal_canvas_and_quadratic_segments_in_one_step_equal_the_dense_networ
         pages = pool.grant(sequence.pages, 40)
         granted += [(sequence.row, column, page) for column, page in enumerate(pages)]
     chunks = [
-        Segment(s, None, len(t) - 1, Pattern.CAUSAL, Settle.KEEP, 0) for s, t in zip(sequences, texts, strict=True)
+        Segment(s, None, len(t) - 1, Pattern.CAUSAL, Settle.KEEP, 0)
+        for s, t in zip(sequences, texts, strict=True)
     ]
     runner.run(pack(chunks, sequences, granted))
     segments = [
@@ -45,7 +48,7 @@ def test_causal_canvas_and_quadratic_segments_in_one_step_equal_the_dense_networ
         Segment(sequences[2], None, 4, Pattern.QUADRATIC, Settle.VERIFY, 4),
     ]
     step = pack(segments, [], [])
-    batch = expand(step, runner.tables, TOY_ENGINE.page_size, torch.float64)
+    batch = runner_module.expand(step, runner.tables, TOY_ENGINE.page_size, torch.float64)
     got = model.head(model.forward(batch, runner.kv))
 
     plain = oracle.causal_logits(TOY, weights, texts[0])[-1]
@@ -70,6 +73,11 @@ def test_causal_canvas_and_quadratic_segments_in_one_step_equal_the_dense_networ
         visible[len(prefix) :] = True
         want = oracle.forward(TOY, weights, tokens, list(range(len(tokens))), visible)[len(prefix) :]
         torch.testing.assert_close(got[13 + 4 * group : 17 + 4 * group], want, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_causal_canvas_and_quadratic_segments_in_one_step_equal_the_dense_network(seed: int) -> None:
+    check_step(seed)
 
 
 def test_prefill_in_any_chunks_gives_the_same_cache() -> None:

@@ -89,11 +89,21 @@ def code_in(markdown: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/walk.md"])
-def test_every_documented_file_exists(page: str) -> None:
+def test_every_documented_file_and_name_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
     folders = "|".join((*SHIPPED, "perf", "tests", "docs", "k8s"))
-    pattern = rf"`((?:{folders})/[\w./-]*)`|\]\((?!https?:|#)([\w./-]+)\)"
-    named = {a or b for a, b in re.findall(pattern, (ROOT / page).read_text())}
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    missing = [
+        link
+        for link in re.findall(r"\]\((?!https?:|#)([\w./-]+)\)", text)
+        if not (ROOT / page).parent.joinpath(link).exists()
+    ]
+    for file, name in re.findall(rf"`((?:{folders})/[\w./-]*)(?:: (\w+))?`", text):
+        path = ROOT / file
+        if not path.exists() or (
+            name and not re.search(rf"^\s*(?:async )?(?:def|class) {name}\b", path.read_text(), re.M)
+        ):
+            missing.append(f"{file}: {name}")
+    assert missing == []
 
 
 def test_no_page_holds_unfinished_places() -> None:

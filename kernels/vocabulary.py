@@ -22,13 +22,13 @@ def _mix(x: Tensor) -> Tensor:
 def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise, [R, vocab_size] float32, for seed [R] int64 and position [R] int64.
 
-    Never +inf: the exponential variate behind it is computed without cancellation near zero.
+    Always finite: the exponential variate behind it neither cancels near zero nor overflows near one.
     """
     key = _mix((seed & _LOW) ^ _mix(((seed >> 32) & _LOW) ^ 0x9E3779B9))
     key = _mix(key ^ _mix((position + 0x85EBCA6B) & _LOW))
     token = torch.arange(vocab_size, device=seed.device)
     bits = _mix((key[:, None] + token * 0x9E3779B1) & _LOW)
-    uniform = (bits.float() + 0.5) * (1.0 / 4294967296.0)
+    uniform = ((bits.float() + 0.5) * (1.0 / 4294967296.0)).clamp(max=1 - 2**-24)  # the float just below 1
     exponential = torch.where(uniform < 1e-4, uniform + 0.5 * uniform * uniform, -torch.log1p(-uniform))
     return -torch.log(exponential)
 
@@ -45,6 +45,7 @@ def keep_filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     probability = ranked.softmax(-1)
     before = probability.cumsum(-1) - probability
     keep = (before < top_p[:, None]) & (probability >= min_p[:, None] * probability[:, :1])
+    keep &= ranked.isfinite()  # rounding may leave `before` just under 1 behind the last token of top-k
     keep[:, 0] = True
     lowest = ranked.masked_fill(~keep, float("inf")).amin(-1, keepdim=True)
     return logits.masked_fill(logits < lowest, float("-inf"))

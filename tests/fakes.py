@@ -1,10 +1,13 @@
 """Random checkpoints of the family's layout, and engines on them, for tests of exactness."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig, RopeConfig
@@ -17,6 +20,8 @@ from engine.segment import Pattern
 from engine.settle import StepOutput
 from engine.step import BLOCK, PATTERN, ROW, Step, slack
 from engine.weights import expected_shapes
+
+torch.set_num_threads(1)  # more threads than idle cores only wait for each other
 
 TOY = ModelConfig(
     vocab_size=40,
@@ -40,7 +45,8 @@ TOY_ENGINE = EngineConfig(dtype="float64", page_size=4, kv_tokens=2048, max_runn
 def random_weights(
     config: ModelConfig, seed: int, dtype: torch.dtype, adapter: bool = True
 ) -> dict[str, Tensor]:
-    """Weights whose logits depend enough on the last tokens for drafts to be right now and then."""
+    """Random weights. The seed decides how flat the logits are: where they are flat, sampled drafts are mostly right,
+    since they share their noise with the verifier, and where they are steep hardly ever."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int, scale: float) -> Tensor:
@@ -53,7 +59,7 @@ def random_weights(
         else:
             gain = 1.0 if name == "encoder.embed_tokens.weight" else 1.2 / shape[1] ** 0.5
             weights[name] = random(*shape, scale=gain)
-    weights["diffusion_head.weight"] *= 4
+    weights["diffusion_head.weight"] *= (4.0, 1.0, 0.2)[seed % 3]
     if adapter:
         for index in range(config.num_layers):
             prefix = f"encoder.layers.{index}.self_attn.o_proj"
@@ -123,3 +129,61 @@ def run(engine: Engine) -> list[dict[str, Delta]]:
         engine.scheduler.pool.check([s.pages for s in engine.scheduler.running])
         assert len(reports) < 5000, "the engine makes no progress"
     return reports
+
+
+def write_checkpoint(folder: Path, config: ModelConfig, seed: int = 0, adapter: bool = True) -> None:
+    """Writes a random checkpoint in the family's layout, adapter scale 4."""
+    weights = random_weights(config, seed, torch.float32, adapter)
+    names = expected_shapes(config)
+    save_file({name: weights[name] for name in names}, folder / "model.safetensors")
+    rope = config.rope
+    raw = {
+        "model_type": "nemotron_labs_diffusion",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position,
+        "block_size": config.block_length,
+        "mask_token_id": config.mask_id,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": list(config.eos_ids),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": rope.theta,
+            "factor": rope.factor,
+            "original_max_position_embeddings": rope.original_max_position,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": rope.query_scaling_beta,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    if adapter:
+        lora = folder / "linear_spec_lora"
+        lora.mkdir()
+        settings = {
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 16,
+            "target_modules": ["o_proj"],
+            "use_dora": False,
+        }
+        (lora / "adapter_config.json").write_text(json.dumps(settings))
+        tensors = {
+            f"base_model.model.{name}.weight": tensor / 4 if name.endswith("B") else tensor
+            for name, tensor in weights.items()
+            if name not in names
+        }
+        save_file(tensors, lora / "adapter_model.safetensors")

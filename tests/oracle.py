@@ -19,7 +19,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         seen = visible[i].nonzero()[:, 0]
         for head in range(heads):
             score = k[seen, head // groups] @ q[i, head] / math.sqrt(q.shape[-1])
-            out[i, head] = (score - score.max()).exp() / (score - score.max()).exp().sum() @ v[seen, head // groups]
+            out[i, head] = (
+                (score - score.max()).exp() / (score - score.max()).exp().sum() @ v[seen, head // groups]
+            )
     return out
 
 
@@ -36,7 +38,9 @@ def rotate(x: Tensor, positions: Tensor, rope: RopeConfig) -> Tensor:
         low, high = max(math.floor(low), 0), min(math.ceil(high), d - 1)
         blend = min(max((j - low) / max(high - low, 0.001), 0), 1)
         angles.append(frequency * (1 - blend) + frequency / rope.factor * blend)
-    turn = torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None] * torch.tensor(angles, dtype=torch.float64))
+    turn = torch.polar(
+        torch.ones(1, dtype=torch.float64), positions[:, None] * torch.tensor(angles, dtype=torch.float64)
+    )
     pairs = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * turn[:, None] * rope.attention_factor
     return torch.cat((pairs.real, pairs.imag), -1)
 
@@ -62,7 +66,8 @@ def forward(
         p = f"encoder.layers.{i}."
         h = norm(x, p + "input_layernorm.weight")
         q, k, v = (
-            (h @ w[f"{p}self_attn.{name}_proj.weight"].T).view(len(tokens), -1, config.head_dim) for name in "qkv"
+            (h @ w[f"{p}self_attn.{name}_proj.weight"].T).view(len(tokens), -1, config.head_dim)
+            for name in "qkv"
         )
         q = rotate(q, place, config.rope) * scale[:, None, None]
         attended = attend(q, rotate(k, place, config.rope), v, visible).flatten(1)

@@ -24,7 +24,9 @@ def visibility(kind: str, block: int) -> list[tuple[int, int, int]]:
     return [(i + 1, 0, 0) for i in range(block)] + groups
 
 
-def dense(q: Tensor, keys: Tensor, values: Tensor, context: int, triples: list[tuple[int, int, int]]) -> Tensor:
+def dense(
+    q: Tensor, keys: Tensor, values: Tensor, context: int, triples: list[tuple[int, int, int]]
+) -> Tensor:
     visible = torch.zeros(len(triples), context + len(triples), dtype=torch.bool)
     visible[:, :context] = True
     for i, (upto, lo, hi) in enumerate(triples):
@@ -33,7 +35,9 @@ def dense(q: Tensor, keys: Tensor, values: Tensor, context: int, triples: list[t
     return oracle.attend(q, keys, values, visible).flatten(1)
 
 
-def compare(shapes: list[tuple[str, int, int]], page_size: int, kv_heads: int, groups: int, seed: int) -> float:
+def compare(
+    shapes: list[tuple[str, int, int]], page_size: int, kv_heads: int, groups: int, seed: int
+) -> float:
     """Runs segments (kind, block, context) in one ragged call and alone; returns the largest difference."""
     generator = torch.Generator().manual_seed(seed)
     triples = [visibility(kind, block) for kind, block, _ in shapes]

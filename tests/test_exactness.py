@@ -169,9 +169,9 @@ def test_a_request_resumed_from_its_journal_ends_as_it_would_have(
 
 def test_the_modes_tell_apart_what_they_do() -> None:
     chance = random.Random(1)
-    sampling = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    sampling = SamplingParams(temperature=0.7, max_tokens=30, ignore_eos=True)
     prompt = random_prompt(chance, 8)
-    engine = toy_engine(1, block_length=8)
+    engine = toy_engine(2, block_length=8)
     forwards = {}
     for mode in ("ar", "linear_spec", "quadratic_spec"):
         engine.add(Request(mode, prompt, sampling, mode=mode))
@@ -182,5 +182,4 @@ def test_the_modes_tell_apart_what_they_do() -> None:
     assert forwards["ar"].forwards == 29 and forwards["ar"].drafted == 0  # prefill brings the first token
     for mode in ("linear_spec", "quadratic_spec"):
         assert forwards[mode].modes == (mode,)
-        assert 0 <= forwards[mode].accepted <= forwards[mode].drafted
-        assert forwards[mode].drafted > 0
+        assert 0 < forwards[mode].accepted < forwards[mode].drafted

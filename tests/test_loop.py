@@ -1,0 +1,111 @@
+"""The engine in its thread, as the server uses it."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from engine.config import EngineConfig, SamplingParams
+from engine.loop import EngineError, EngineLoop
+from engine.request import DecodeStats, Request
+from fakes import TOY, write_checkpoint
+
+GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    folder: Path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, TOY)
+    return EngineConfig(str(folder), page_size=4, kv_tokens=2048, max_batch_tokens=160, block_length=8)
+
+
+async def answer(loop: EngineLoop, request: Request) -> tuple[list[int], DecodeStats | None]:
+    tokens: list[int] = []
+    stats = None
+    async for delta in loop.stream(request):
+        tokens.extend(delta.token_ids)
+        stats = delta.stats
+    return tokens, stats
+
+
+async def settled(loop: EngineLoop) -> bool:
+    for _ in range(500):
+        status = loop.status()
+        if status.running == status.waiting == 0 and status.free_pages == status.total_pages:
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+async def test_many_streams_at_once_get_their_own_tokens(config: EngineConfig) -> None:
+    loop = EngineLoop(config)
+    requests = [Request(str(i), (5, 8 + i), GREEDY, mode="linear_spec" if i % 2 else "ar") for i in range(12)]
+    together = await asyncio.gather(*(answer(loop, r) for r in requests))
+    for request, (tokens, stats) in zip(requests, together, strict=True):
+        assert len(tokens) == 30 and stats is not None and stats.modes == (request.mode,)
+        assert (await answer(loop, request))[0] == tokens
+    loop.close()
+
+
+async def test_leaving_a_stream_early_frees_its_pages(config: EngineConfig) -> None:
+    loop = EngineLoop(config)
+    stream = loop.stream(Request("a", (5, 6), SamplingParams(0, max_tokens=200, ignore_eos=True)))
+    assert (await anext(stream)).token_ids
+    await stream.aclose()
+    assert await settled(loop)
+    task = asyncio.create_task(
+        answer(loop, Request("b", (5,), SamplingParams(0, max_tokens=200, ignore_eos=True)))
+    )
+    await asyncio.sleep(0.05)
+    task.cancel()
+    assert await settled(loop)
+    loop.close()
+
+
+async def test_a_refused_request_says_why_and_the_next_is_served(config: EngineConfig) -> None:
+    loop = EngineLoop(config)
+    with pytest.raises(ValueError, match="^prompt: "):
+        await answer(loop, Request("a", (), GREEDY))
+    assert len((await answer(loop, Request("a", (5,), GREEDY)))[0]) == 30
+    loop.close()
+
+
+async def test_an_engine_that_dies_tells_everyone_and_refuses_the_rest(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = EngineLoop(config)
+    steps = 0
+    step = loop.engine.step
+
+    def broken() -> object:
+        nonlocal steps
+        steps += 1
+        if steps > 3:
+            raise RuntimeError("out of luck")
+        return step()
+
+    monkeypatch.setattr(loop.engine, "step", broken)
+    results = await asyncio.gather(
+        *(answer(loop, Request(str(i), (5,), GREEDY)) for i in range(3)), return_exceptions=True
+    )
+    assert all(isinstance(r, EngineError) and "out of luck" in str(r) for r in results)
+    assert "out of luck" in (loop.status().error or "")
+    with pytest.raises(EngineError):
+        await answer(loop, Request("late", (5,), GREEDY))
+    loop.close()
+
+
+async def test_a_mode_can_be_switched_while_tokens_stream(config: EngineConfig) -> None:
+    loop = EngineLoop(config)
+    request = Request("a", (5, 6), SamplingParams(0, max_tokens=100, ignore_eos=True), mode="ar")
+    tokens: list[int] = []
+    stats = None
+    async for delta in loop.stream(request):
+        if len(tokens) == 5:
+            loop.switch("a", "quadratic_spec")
+        tokens.extend(delta.token_ids)
+        stats = delta.stats
+    assert stats is not None and stats.modes == ("ar", "quadratic_spec")
+    assert tokens == (await answer(loop, request))[0]
+    loop.close()

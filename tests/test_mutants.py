@@ -1,0 +1,92 @@
+"""The suite has teeth: a wrong mask, position or noise index does not get past it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import runner, settle
+from engine.batch import Batch
+from engine.config import SamplingParams
+from test_exactness import check_lossless
+from test_model import check_step
+
+Mutant = Callable[[Batch], Batch]
+
+
+def looks_ahead(batch: Batch) -> Batch:
+    """Every token sees the one after it as well."""
+    return replace(batch, upto=batch.upto + 1)
+
+
+def forgets_itself(batch: Batch) -> Batch:
+    """No token but a segment's first sees itself."""
+    return replace(batch, upto=(batch.upto - 1).clamp(min=1))
+
+
+def wrong_group(batch: Batch) -> Batch:
+    """A mask group sees one draft too many."""
+    if batch.lo is None:
+        return batch
+    return replace(batch, upto=torch.where(batch.lo > 0, batch.upto + 1, batch.upto))
+
+
+def shifted_positions(batch: Batch) -> Batch:
+    """Every segment longer than a token stands one position late."""
+    late = torch.repeat_interleave(
+        torch.tensor([int(n > 1) for n in batch.lengths]), torch.tensor(batch.lengths)
+    )
+    return replace(batch, positions=batch.positions + late)
+
+
+def unanchored_groups(batch: Batch) -> Batch:
+    """Mask groups stand one position early."""
+    if batch.lo is None:
+        return batch
+    return replace(batch, positions=torch.where(batch.lo > 0, batch.positions - 1, batch.positions))
+
+
+def everything() -> None:
+    """The fixed core of the exactness suite: the network's rows, greedy tokens, sampled tokens."""
+    check_step(0)
+    sizes = {"block_length": 8, "page_size": 4}
+    for temperature in (0.0, 1.0):
+        params = [SamplingParams(temperature=temperature, seed=5, max_tokens=25, ignore_eos=True)] * 4
+        check_lossless(17, params, sizes, switches=False)
+
+
+def test_the_core_passes_as_it_is() -> None:
+    everything()
+
+
+@pytest.mark.parametrize(
+    "mutant", [looks_ahead, forgets_itself, wrong_group, shifted_positions, unanchored_groups]
+)
+def test_a_mutant_mask_or_position_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    expand = runner.expand
+    monkeypatch.setattr(runner, "expand", lambda *arguments: mutant(expand(*arguments)))
+    with pytest.raises(AssertionError):
+        everything()
+
+
+def test_a_mutant_noise_index_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that depends on where a row stands in its batch instead of its position in the text."""
+    choose = settle.choose
+
+    def by_row(logits: Tensor, *rest: Tensor, position: Tensor | None = None) -> Tensor:
+        *params, _, filtered = rest
+        return choose(logits, *params, torch.arange(len(logits)), filtered)
+
+    monkeypatch.setattr(settle, "choose", by_row)
+    with pytest.raises(AssertionError):
+        everything()
+
+
+def test_a_mutant_acceptance_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One drafted token too many is believed."""
+    accepted = settle.accepted
+    monkeypatch.setattr(settle, "accepted", lambda d, s, n: (accepted(d, s, n) + 1).minimum(n - 1))
+    with pytest.raises(AssertionError):
+        everything()

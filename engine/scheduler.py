@@ -114,7 +114,8 @@ class Scheduler:
             if victim is sequence:
                 return False
         column = len(sequence.pages)
-        for offset, page in enumerate(self.pool.grant(sequence.pages, missing)):
+        home = sequence.row * self.pool.total // self.config.max_running
+        for offset, page in enumerate(self.pool.grant(sequence.pages, missing, home)):
             self.granted.append((sequence.row, column + offset, page))
         return True
 

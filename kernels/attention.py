@@ -12,15 +12,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionGroup:
-    """Consecutive segments of equal length: `segments` x `length` query tokens from token `start`."""
+class SegmentAttention:
+    """What one segment's attention needs in every layer."""
 
-    start: int
-    segments: int
+    start: int  # of its query tokens
     length: int
-    keys: int  # of the longest segment, its own included
-    pages: Tensor  # [segments * columns] int64, pages that hold them
-    bias: Tensor | None  # [segments, 1, groups * length, keys], 0 or -inf; None where everything is visible
+    keys: int  # context and segment
+    pages: Tensor | slice  # int64 ids of the pages that hold the keys; a slice where they follow one another
+    bias: Tensor | None  # [1, 1, groups * length, keys], 0 or -inf; None where everything is visible
 
 
 def plan_attention(
@@ -33,62 +32,67 @@ def plan_attention(
     page_size: int,
     groups: int,
     dtype: torch.dtype,
-) -> list[AttentionGroup]:
-    """Builds, once per step, what every layer's attention needs.
+) -> list[SegmentAttention]:
+    """Works out, once per step, what every layer's attention needs.
 
     lengths: query tokens of each segment. context: [S] int64, cached tokens. upto, lo, hi: [T] int64, relative to
     the segment's first token (lo, hi may be None where no token uses them). page_table: [S, P] int64 page ids.
     groups: query heads per KV head. dtype: of the queries.
     """
-    plan: list[AttentionGroup] = []
-    segment = token = 0
-    while segment < len(lengths):
-        length, end = lengths[segment], segment + 1
-        while end < len(lengths) and lengths[end] == length:
-            end += 1
-        count, stop = end - segment, token + (end - segment) * length
-        first = context[segment:end, None]
-        longest = int(first.max()) + length
-        pages = page_table[segment:end, : -(-longest // page_size)].reshape(-1)
+    plan: list[SegmentAttention] = []
+    start = 0
+    for segment, (length, cached) in enumerate(zip(lengths, context.tolist(), strict=True)):
+        tokens = slice(start, start + length)
+        keys = cached + length
+        pages = _consecutive(page_table[segment, : -(-keys // page_size)])
         bias = None
-        if length > 1 or count > 1:
-            keys = torch.arange(longest, device=context.device)
-            start = first[:, None]  # [count, 1, 1]
-            visible = keys < start + upto[token:stop].view(count, length, 1)
+        if length > 1:
+            own = torch.arange(length, device=context.device)
+            visible = own < upto[tokens, None]
             if lo is not None and hi is not None:
-                own = (keys >= start + lo[token:stop].view(count, length, 1)) & (
-                    keys < start + hi[token:stop].view(count, length, 1)
-                )
-                visible |= own
-            hidden = torch.zeros((), dtype=dtype, device=context.device).masked_fill(~visible, float("-inf"))
-            bias = hidden[:, None].expand(count, groups, length, -1).reshape(count, 1, groups * length, -1)
-        plan.append(AttentionGroup(token, count, length, longest, pages, bias))
-        segment, token = end, stop
+                visible |= (own >= lo[tokens, None]) & (own < hi[tokens, None])
+            if not visible.all():
+                hidden = torch.zeros(length, keys, dtype=dtype, device=context.device)
+                hidden[:, cached:].masked_fill_(~visible, float("-inf"))
+                bias = hidden.repeat(groups, 1)[None, None]
+        plan.append(SegmentAttention(start, length, keys, pages, bias))
+        start += length
     return plan
 
 
-def ragged_attention(q: Tensor, kv: Tensor, plan: list[AttentionGroup]) -> Tensor:
-    """Attention of all segments at once.
+def ragged_attention(q: Tensor, kv: Tensor, plan: list[SegmentAttention]) -> Tensor:
+    """Attention of all segments.
 
-    q: [T, heads, head_dim], rotated and query-scaled. kv: [pages, page_size, 2 * kv_heads, head_dim], keys then values.
-    Returns [T, heads * head_dim].
+    q: [T, heads, head_dim], rotated and query-scaled. kv: [pages, page_size, 2 * kv_heads, head_dim], keys then
+    values. Returns [T, heads * head_dim].
     """
     tokens, heads, head_dim = q.shape
     kv_heads = kv.shape[2] // 2
     groups = heads // kv_heads
-    out = q.new_empty(tokens, heads * head_dim)
-    for group in plan:
-        rows = group.segments * group.length
-        # rows of one KV head share its keys: [segments, kv_heads, groups * length, head_dim]
-        query = q[group.start : group.start + rows].view(
-            group.segments, group.length, kv_heads, groups, head_dim
+    out = q.new_empty(tokens, kv_heads, groups, head_dim)
+    q = q.view(tokens, kv_heads, groups, head_dim)
+    for segment in plan:
+        stop = segment.start + segment.length
+        # the query heads of one KV head become rows that share its keys: [1, kv_heads, groups * length, head_dim]
+        query = (
+            q[segment.start : stop]
+            .permute(1, 2, 0, 3)
+            .reshape(1, kv_heads, groups * segment.length, head_dim)
         )
-        query = query.permute(0, 2, 3, 1, 4).reshape(
-            group.segments, kv_heads, groups * group.length, head_dim
+        held = kv[segment.pages] if isinstance(segment.pages, slice) else kv.index_select(0, segment.pages)
+        cached = held.view(-1, 2 * kv_heads, head_dim)[: segment.keys].transpose(0, 1)[None]
+        result = F.scaled_dot_product_attention(
+            query, cached[:, :kv_heads], cached[:, kv_heads:], segment.bias
         )
-        cached = kv.index_select(0, group.pages).view(group.segments, -1, 2 * kv_heads, head_dim)
-        cached = cached[:, : group.keys].transpose(1, 2)  # [segments, 2 * kv_heads, keys, head_dim]
-        result = F.scaled_dot_product_attention(query, cached[:, :kv_heads], cached[:, kv_heads:], group.bias)
-        result = result.view(group.segments, kv_heads, groups, group.length, head_dim).permute(0, 3, 1, 2, 4)
-        out[group.start : group.start + rows] = result.reshape(rows, heads * head_dim)
-    return out
+        out[segment.start : stop] = result.view(kv_heads, groups, segment.length, head_dim).permute(
+            2, 0, 1, 3
+        )
+    return out.view(tokens, heads * head_dim)
+
+
+def _consecutive(pages: Tensor) -> Tensor | slice:
+    """The same pages as a slice, which reads them without a copy, if they follow one another."""
+    first, count = int(pages[0]), len(pages)
+    if torch.equal(pages, torch.arange(first, first + count, device=pages.device)):
+        return slice(first, first + count)
+    return pages

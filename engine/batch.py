@@ -1,7 +1,8 @@
-"""Expands a step's segments, all at once and in tensors, into what the model and the settle operations read."""
+"""Expands a step's segments, all at once, into the flat tensors that the model and the settle operations read."""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,31 +38,34 @@ def expand(step: Step, tables: Tables, page_size: int, dtype: torch.dtype) -> Ba
     """Reads the device tables, after their update by the step. Voids canvases first where a segment asks for it."""
     device = tables.cached.device
     segments = torch.from_numpy(step.segments).to(device)
-    row, length, block, pattern = (
-        segments[:, ROW],
-        segments[:, LENGTH],
-        segments[:, BLOCK],
-        segments[:, PATTERN],
-    )
-    context = tables.cached[row]
+    row, block, pattern = segments[:, ROW], segments[:, BLOCK], segments[:, PATTERN]
     if step.segments[:, RESTART].any():
-        _void_canvases(tables, segments[segments[:, RESTART] != 0, ROW])
-    lengths: list[int] = step.segments[:, LENGTH].tolist()
-    total = sum(lengths)
-    owner = torch.repeat_interleave(length, output_size=total)  # [T] segment of each token
-    first = length.cumsum(0) - length
-    offset = torch.arange(total, device=device) - first[owner]  # [T] index inside the segment
-    token_row, slot = row[owner], context[owner] + offset
+        _void_canvases(tables, row[segments[:, RESTART] != 0])
+    context = tables.cached[row]
+    # what the host knows of each token: its segment, its index inside, the segment's row and block
+    length = step.segments[:, LENGTH]
+    starts = length.cumsum() - length
+    owners = np.repeat(np.arange(len(length)), length)
+    known = np.stack(
+        (
+            owners,
+            np.arange(len(owners)) - starts[owners],
+            step.segments[owners, ROW],
+            step.segments[owners, BLOCK],
+        )
+    )
+    owner, offset, token_row, token_block = torch.from_numpy(known).to(device).unbind(0)
+    slot = context[owner] + offset
     page = tables.pages[token_row, slot // page_size]
     token_ids = tables.tokens[token_row, slot]
-    positions, upto, lo, hi = slot, offset + 1, None, None
+    positions, upto, lo, hi, lora = slot, offset + 1, None, None, None
     bidirectional = torch.zeros_like(row, dtype=torch.bool)
-    if (step.segments[:, PATTERN] == Pattern.CANVAS).any():
+    patterns = set(step.segments[:, PATTERN].tolist())
+    if Pattern.CANVAS in patterns:
         masks = torch.zeros_like(row).index_add_(0, owner, (token_ids == tables.mask_id).long())
         bidirectional = (pattern == Pattern.CANVAS) & (masks > 0)
-        upto = torch.where(bidirectional[owner], block[owner], upto)
-    if (step.segments[:, PATTERN] == Pattern.QUADRATIC).any():
-        token_block = block[owner]
+        upto = torch.where(bidirectional[owner], token_block, upto)
+    if Pattern.QUADRATIC in patterns:
         grouped = (pattern[owner] == Pattern.QUADRATIC) & (offset >= token_block)
         group, inside = (offset - token_block) // token_block, offset % token_block
         token_ids = token_ids.masked_fill(grouped, tables.mask_id)
@@ -69,17 +73,16 @@ def expand(step: Step, tables: Tables, page_size: int, dtype: torch.dtype) -> Ba
         upto = torch.where(grouped, group + 1, upto)
         lo = torch.where(grouped, token_block * (group + 1), 0)
         hi = torch.where(grouped, token_block * (group + 2), 0)
-    lora = None
     if step.segments[:, LORA].any():
         lora = segments[:, LORA][owner, None].to(dtype)
     return Batch(
         segments=segments,
         thresholds=torch.from_numpy(step.thresholds).to(device),
-        lengths=lengths,
+        lengths=length.tolist(),
         kinds=_kinds(step),
         row=row,
         block=block,
-        first=first,
+        first=torch.from_numpy(starts).to(device),
         context=context,
         bidirectional=bidirectional,
         token_ids=token_ids,
@@ -101,10 +104,11 @@ def _void_canvases(tables: Tables, row: Tensor) -> None:
 
 
 def _kinds(step: Step) -> dict[Settle, slice]:
-    counts = torch.from_numpy(step.segments[:, SETTLE]).bincount(minlength=len(Settle)).tolist()
+    settles: list[int] = step.segments[:, SETTLE].tolist()
     kinds: dict[Settle, slice] = {}
     start = 0
-    for settle, count in zip(Settle, counts, strict=True):
+    for settle in Settle:
+        count = settles.count(settle)
         if count:
             kinds[settle] = slice(start, start + count)
         start += count

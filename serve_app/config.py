@@ -43,7 +43,7 @@ class ServerConfig(_Section):
 class ServeConfig(_Section):
     """How Ray Serve runs the application. Times in seconds."""
 
-    proxy: Literal["python", "haproxy"] = "python"
+    proxy: Literal["python", "haproxy"] = "python"  # HAProxy carries more, but tells of some disconnects late
     max_ongoing_requests: int = 1024  # per engine replica; they wait in the engine, not in Serve
     health_check_seconds: float = 1.0
     start_seconds: float = 1800.0  # until every replica must be up

@@ -22,14 +22,14 @@ from serve_app.config import AppConfig
 from serve_app.engine_client import EngineClient
 from serve_app.errors import ApiError
 from serve_app.generation import Generation
-from serve_app.middleware import RequestIds
+from serve_app.middleware import LastResort
 from serve_app.schemas import ChatRequest, CompletionRequest, GenerationRequest, choice_seed
 from serve_app.streaming import Envelope, EventStream, frames
 
 STATUS_SECONDS = 5.0
 
 app = FastAPI(title="TriServe", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
-app.add_middleware(RequestIds)
+app.add_middleware(LastResort)
 
 
 @app.exception_handler(ApiError)

@@ -1,47 +1,38 @@
-"""What every HTTP exchange gets: a request id and, if all else fails, an error in OpenAI's shape."""
+"""The last resort of every HTTP exchange: an unforeseen failure still gets an answer in OpenAI's shape.
+
+Request ids need nothing here: Serve echoes the client's x-request-id or makes one, on every response.
+"""
 
 import logging
-import re
-import uuid
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import ApiError
 
-HEADER = "x-request-id"
-VALID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-
 logger = logging.getLogger(__name__)
 
 
-class RequestIds:
-    """Echoes the client's valid x-request-id or makes one; on errors as well."""
+class LastResort:
+    """Turns an exception that nobody handled into a 500, and logs it under the request's id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get(HEADER, "")
-        request_id = given if VALID.fullmatch(given) else uuid.uuid4().hex
         started = False
 
-        async def send_with_id(message: Message) -> None:
+        async def watch(message: Message) -> None:
             nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                MutableHeaders(scope=message)[HEADER] = request_id
+            started = started or message["type"] == "http.response.start"
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, watch)
         except Exception:
-            logger.exception("request %s failed", request_id)
-            if started:
+            if scope["type"] != "http" or started:
                 raise
+            logger.exception("request %s failed", Headers(scope=scope).get("x-request-id"))
             error = ApiError("internal server error", status=500)
-            await JSONResponse(error.body(), 500)(scope, receive, send_with_id)
+            await JSONResponse(error.body(), error.status)(scope, receive, send)

@@ -105,7 +105,7 @@ class Row:
     tokens_per_second: float
     ratio_to_hf: float
     ratio_to_ar: float
-    tokens_per_forward: float
+    tokens_per_forward: float  # without prefill and the first token, which comes from it
     overhead_us_per_sequence: float  # engine time outside the model, per sequence and step
     overhead_percent: float  # of the engine's time
     equal_to_hf: int  # prompts with the same tokens as Hugging Face
@@ -254,7 +254,7 @@ def summarise(workload: Workload, samples: dict[str, list[Sample]]) -> list[Row]
                 statistics.median(map(speed, runs)),
                 ratio(name, HF),
                 ratio(name, "ar"),
-                runs[0].tokens / forwards if forwards else 1.0,
+                (runs[0].tokens - len(reference)) / forwards if forwards else 1.0,
                 1e6 * statistics.median(overhead) / forwards if forwards else 0.0,
                 100 * statistics.median(o / run.seconds for o, run in zip(overhead, runs, strict=True))
                 if forwards
@@ -284,6 +284,25 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """The README's table: a line per workload, a column per side."""
+    sides = list(dict.fromkeys(row.side for row in rows))
+    lines = ["| workload | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
+    for name, batch in dict.fromkeys((row.workload, row.batch) for row in rows):
+        cells = {row.side: row for row in rows if (row.workload, row.batch) == (name, batch)}
+        shown = [
+            f"{cells[side].tokens_per_second:.0f}"
+            + (
+                f" ({cells[side].ratio_to_hf:.2f} x, TPF {cells[side].tokens_per_forward:.2f})"
+                if side != HF
+                else ""
+            )
+            for side in sides
+        ]
+        lines.append(f"| {name}, batch {batch} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 def machine() -> dict[str, Any]:
     models = [
         line.partition(":")[2].strip()
@@ -291,6 +310,7 @@ def machine() -> dict[str, Any]:
         if line.startswith("model name")
     ]
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -317,6 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--prompts", type=int, default=32, help="held-out prompts; a batch of 1 takes the first 8"
     )
     parser.add_argument("--tokens", type=int, default=128, help="length of every answer in `equal`")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table too")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
@@ -340,7 +361,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         timed = {name: [round(s.seconds, 4) for s in of_side] for name, of_side in samples.items()}
         seconds[f"{workload.name} batch {workload.batch}"] = timed
     print(table(rows))
-    report = {"machine": here, "options": {k: v for k, v in vars(options).items() if k not in ("json", "checkpoint")},
+    if options.markdown:
+        print(f"\n{markdown(rows)}")
+    report = {"machine": here, "options": {k: vars(options)[k] for k in ("repeats", "prompts", "tokens")},
               "rows": [asdict(row) for row in rows], "seconds": seconds}  # fmt: skip
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -39,8 +39,13 @@ class Tokenizer:
         self._control_ids = own.union(self._control.values())
         self._markers = _any_of(self._control)
         self._openings = _any_of({text[0] for text in self._control})
+        self._longest = max(len(text.encode()) for text in self._ordinary.get_vocab())  # at least its bytes
         self._template = ChatTemplate.from_checkpoint(folder)
         self._bytes: dict[int, bytes] = {}
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of `len(encode(text))` that costs next to nothing."""
+        return -(-len(text.encode("utf-8", errors="replace")) // self._longest)
 
     def encode(self, text: str) -> list[int]:
         """The ids of ordinary text, without a control token. Raises ValueError for text that is not valid Unicode."""

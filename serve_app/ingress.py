@@ -90,26 +90,36 @@ class Ingress:
         body = await request_body.read(request, ChatRequest, self._config.server.max_body_bytes)
         self._check_model(body.model)
         messages = [message.plain() for message in body.messages]
+        await self._check_size([message["content"] for message in messages], "messages")
         try:
             prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages)
         except ValueError as error:
             raise ApiError(f"messages: {error}", param="messages", code="invalid_value") from error
-        return await self._complete(request, body, [prompt], "messages")
+        return await self._complete(body, [prompt], "messages")
 
     @app.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
     async def completions(self, request: Request) -> Response:
         body = await request_body.read(request, CompletionRequest, self._config.server.max_body_bytes)
         self._check_model(body.model)
         prompts = [
-            await asyncio.to_thread(self._tokenizer.encode_prompt, prompt)
-            if isinstance(prompt, str)
-            else prompt
+            await self._encode_prompt(prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts
         ]
-        return await self._complete(request, body, prompts, "prompt")
+        return await self._complete(body, prompts, "prompt")
+
+    async def _encode_prompt(self, prompt: str) -> list[int]:
+        await self._check_size([prompt], "prompt")
+        return await asyncio.to_thread(self._tokenizer.encode_prompt, prompt)
+
+    async def _check_size(self, texts: Sequence[str], param: str) -> None:
+        """Refuses what cannot fit before it costs a tokenization."""
+        context = await self._context_tokens()
+        least = sum(self._tokenizer.least_tokens(text) for text in texts)
+        if least > context:
+            raise _too_long(f"this request has at least {least} in its {param}", context, param)
 
     async def _complete(
-        self, request: Request, body: GenerationRequest, prompts: Sequence[Sequence[int]], param: str
+        self, body: GenerationRequest, prompts: Sequence[Sequence[int]], param: str
     ) -> Response:
         chat = isinstance(body, ChatRequest)
         envelope = Envelope(
@@ -164,10 +174,10 @@ class Ingress:
         wanted = body.answer_tokens
         if left < 1 or (wanted or 0) > left:
             asked = f" and {wanted} to generate" if wanted else ""
-            raise ApiError(
-                f"the context holds {context} tokens; this request has {prompt_tokens} in its {param}{asked}",
-                param=param if left < 1 else "max_tokens",
-                code="context_length_exceeded",
+            raise _too_long(
+                f"this request has {prompt_tokens} in its {param}{asked}",
+                context,
+                param if left < 1 else "max_tokens",
             )
         return min(left, self._config.server.default_max_tokens) if wanted is None else wanted
 
@@ -190,3 +200,8 @@ class Ingress:
         if name not in (None, self._model):
             message = f"the model {name!r} does not exist; this server has {self._model!r}"
             raise ApiError(message, status=404, param="model", code="model_not_found")
+
+
+def _too_long(request: str, context: int, param: str) -> ApiError:
+    message = f"the context holds {context} tokens; {request}"
+    return ApiError(message, param=param, code="context_length_exceeded")

@@ -150,3 +150,15 @@ def test_the_server_wide_default_mode_is_for_those_who_ask_for_none() -> None:
     stats = {n: d.stats for report in run(engine) for n, d in report.items() if d.stats}
     assert stats["auto"] is not None and stats["auto"].modes == ("ar",)
     assert stats["own"] is not None and stats["own"].modes == ("linear_spec",)
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_half_precision_serves_every_mode(mode: ModeChoice) -> None:
+    engine = toy_engine(2, dtype="bfloat16", block_length=8)
+    requests = [
+        Request(str(i), (5, 6 + i * 3), replace(GREEDY, temperature=float(i), seed=i), mode=mode)
+        for i in range(2)
+    ]
+    answers = generate(engine, requests)
+    assert [len(answer) for answer in answers.values()] == [20, 20]
+    assert all(0 <= t < TOY.vocab_size and t != TOY.mask_id for answer in answers.values() for t in answer)

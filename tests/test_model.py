@@ -1,12 +1,14 @@
 """The ragged forward against the dense network, on random weights."""
 
 import random
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 
 import oracle
-from engine import runner as runner_module
+from engine.batch import Batch
 from engine.config import SamplingParams
 from engine.request import Request
 from engine.segment import Pattern, Segment, Settle
@@ -48,8 +50,15 @@ def check_step(seed: int) -> None:
         Segment(sequences[2], None, 4, Pattern.QUADRATIC, Settle.VERIFY, 4),
     ]
     step = pack(segments, [], [])
-    batch = runner_module.expand(step, runner.tables, TOY_ENGINE.page_size, torch.float64)
-    got = model.head(model.forward(batch, runner.kv))
+    seen: list[Tensor] = []
+
+    def watch(batch: Batch, kv: Tensor) -> Tensor:
+        seen.append(model.forward(batch, kv))
+        return seen[0]
+
+    with patch.object(runner.model, "forward", watch):
+        runner.run(step)
+    got = model.head(seen[0])
 
     plain = oracle.causal_logits(TOY, weights, texts[0])[-1]
     torch.testing.assert_close(got[0], plain, rtol=0, atol=1e-11)

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine import runner, settle
-from engine.batch import Batch
+from engine.batch import Batch, expand
 from engine.config import SamplingParams
+from engine.state import Tables
+from engine.step import Step
+from kernels.verify import accepted
+from kernels.vocabulary import choose
 from test_exactness import check_lossless
 from test_model import check_step
 
@@ -65,28 +69,29 @@ def test_the_core_passes_as_it_is() -> None:
     "mutant", [looks_ahead, forgets_itself, wrong_group, shifted_positions, unanchored_groups]
 )
 def test_a_mutant_mask_or_position_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    expand = runner.expand
-    monkeypatch.setattr(runner, "expand", lambda *arguments: mutant(expand(*arguments)))
+    def wrong(step: Step, tables: Tables, page_size: int, dtype: torch.dtype) -> Batch:
+        return mutant(expand(step, tables, page_size, dtype))
+
+    monkeypatch.setattr("engine.runner.expand", wrong)
     with pytest.raises(AssertionError):
         everything()
 
 
 def test_a_mutant_noise_index_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that depends on where a row stands in its batch instead of its position in the text."""
-    choose = settle.choose
 
-    def by_row(logits: Tensor, *rest: Tensor, position: Tensor | None = None) -> Tensor:
-        *params, _, filtered = rest
-        return choose(logits, *params, torch.arange(len(logits)), filtered)
+    def by_row(*arguments: Any) -> Tensor:
+        logits, temperature, top_k, top_p, min_p, seed, _, filtered = arguments
+        row = torch.arange(len(logits))
+        return choose(logits, temperature, top_k, top_p, min_p, seed, row, filtered)
 
-    monkeypatch.setattr(settle, "choose", by_row)
+    monkeypatch.setattr("engine.settle.choose", by_row)
     with pytest.raises(AssertionError):
         everything()
 
 
 def test_a_mutant_acceptance_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """One drafted token too many is believed."""
-    accepted = settle.accepted
-    monkeypatch.setattr(settle, "accepted", lambda d, s, n: (accepted(d, s, n) + 1).minimum(n - 1))
+    monkeypatch.setattr("engine.settle.accepted", lambda d, s, n: (accepted(d, s, n) + 1).minimum(n - 1))
     with pytest.raises(AssertionError):
         everything()

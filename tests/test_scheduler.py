@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import EngineConfig, SamplingParams
+from engine.config import EngineConfig, ModeChoice, SamplingParams
 from engine.controller import auto_mode
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.segment import Segment, Settle, Settled
 from engine.sequence import Sequence
 
-MODES = ("ar", "linear_spec", "quadratic_spec", "diffusion", "auto")
+MODES: tuple[ModeChoice, ...] = ("ar", "linear_spec", "quadratic_spec", "diffusion", "auto")
 
 
 class Driver:

@@ -9,7 +9,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, logging_config
 from serve_app.engine_replica import EngineReplica
 from serve_app.ingress import Ingress
 
@@ -20,6 +20,7 @@ INGRESS_ONGOING = 4096  # requests that one ingress replica follows at a time
 def build(args: AppConfig) -> Application:
     """The application for a configuration: an ingress in front of the engine's replicas."""
     common: dict[str, Any] = {
+        "logging_config": logging_config(args),
         "health_check_period_s": args.serve.health_check_seconds,
         "health_check_timeout_s": max(30.0, 3 * args.serve.health_check_seconds),
         "graceful_shutdown_timeout_s": args.serve.drain_seconds,

@@ -45,6 +45,7 @@ class ServeConfig(_Section):
 
     proxy: Literal["python", "haproxy"] = "python"  # HAProxy carries more, but tells of some disconnects late
     max_ongoing_requests: int = 1024  # per engine replica; they wait in the engine, not in Serve
+    access_log: bool = False
     health_check_seconds: float = 1.0
     start_seconds: float = 1800.0  # until every replica must be up
     drain_seconds: float = 600.0  # what a leaving replica's streams get
@@ -122,6 +123,14 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
         raise ConfigError("\n".join(_sentence(detail) for detail in error.errors())) from error
 
 
+def logging_config(config: AppConfig) -> dict[str, Any]:
+    """How Serve's processes log: what goes wrong, and requests if asked to."""
+    return {
+        "log_level": "INFO" if config.serve.access_log else "WARNING",
+        "enable_access_log": config.serve.access_log,
+    }
+
+
 def ray_environment(config: AppConfig) -> dict[str, str]:
     """The environment variables that Ray's processes need for `config`, all of them and nothing else.
 
@@ -134,7 +143,7 @@ def ray_environment(config: AppConfig) -> dict[str, str]:
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1" if haproxy else "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy else "0",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(config.serve.health_check_seconds),
-        "RAY_SERVE_RUN_SYNC_IN_THREADPOOL": "1",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # what is logged of a failing replica is not to be lost
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     if haproxy:

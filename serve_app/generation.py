@@ -12,7 +12,7 @@ from serve_app.answer import Answer
 from serve_app.engine_client import EngineClient
 from serve_app.errors import ApiError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # whose handlers write to the replica's log
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +80,8 @@ class Generation:
             async with aclosing(self._engine.stream(answer.request)) as chunks:
                 async for token_ids, finish_reason, stats, error in chunks:
                     ended = finish_reason is not None
-                    if finish_reason in ("error", "abort"):
-                        raise ApiError(
-                            error or "the engine stopped this request", status=500, code="engine_error"
-                        )
+                    if finish_reason not in (None, "stop", "length"):
+                        raise _failure(finish_reason, error)
                     if stats is not None:
                         answer.stats = DecodeStats(**stats)
                     text = answer.push(token_ids, finish_reason)

@@ -51,6 +51,12 @@ def _body_of(model: type[GenerationRequest]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+# Above the class: `serve.ingress` takes a copy of it, and of what it refers to, as soon as it is defined.
+def _too_long(request: str, context: int, param: str) -> ApiError:
+    message = f"the context holds {context} tokens; {request}"
+    return ApiError(message, param=param, code="context_length_exceeded")
+
+
 @serve.ingress(app)
 class Ingress:
     """Stateless but for the tokenizer: any number of them may run."""
@@ -200,8 +206,3 @@ class Ingress:
         if name not in (None, self._model):
             message = f"the model {name!r} does not exist; this server has {self._model!r}"
             raise ApiError(message, status=404, param="model", code="model_not_found")
-
-
-def _too_long(request: str, context: int, param: str) -> ApiError:
-    message = f"the context holds {context} tokens; {request}"
-    return ApiError(message, param=param, code="context_length_exceeded")

@@ -19,7 +19,7 @@ from typing import Any
 
 from engine.config import CheckpointError, ModelConfig
 from engine.tokenizer import Tokenizer
-from serve_app.config import AppConfig, ray_environment
+from serve_app.config import AppConfig, logging_config, ray_environment
 
 POLL_SECONDS = 0.1
 OBJECT_STORE_BYTES = 80 * 2**20  # requests and answers travel by gRPC; Ray insists on some 75 MB
@@ -101,7 +101,7 @@ class LocalServer:
         server = self.config.server
         serve.start(
             http_options={"host": server.host, "port": server.port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            logging_config=logging_config(self.config),
         )
 
     def _deploy(self) -> None:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import ApiError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # whose handlers write to the replica's log
 
 
 class LastResort:

@@ -1,0 +1,202 @@
+"""The `triserve` command as a process: what it prints, what it refuses, what it leaves behind."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import ServerProcess, free_port
+from engine.config import EngineConfig
+from serve_app.cli import main
+from serve_app.config import AppConfig, ray_environment
+from serve_app.local_server import cause
+
+FOLDER = Path(EngineConfig().checkpoint)
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield int(listener.getsockname()[1])
+
+
+def pasted(screen: str, first: str, last: str) -> str:
+    """The lines of the ready screen from the one with `first` to the one with `last`, without their indent."""
+    lines = screen.splitlines()
+    start = next(number for number, line in enumerate(lines) if first in line)
+    end = next(number for number in range(start, len(lines)) if last in lines[number])
+    return "\n".join(line[2:] for line in lines[start : end + 1])
+
+
+def test_the_curl_line_of_the_ready_screen_works(server: ServerProcess) -> None:
+    command = pasted(server.screen, "  curl ", "  curl ")
+    answer = subprocess.run(
+        ["bash", "-c", f"{command} -s"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert '"finish_reason":"stop"' in answer.stdout
+
+
+def test_the_python_snippet_of_the_ready_screen_works(server: ServerProcess) -> None:
+    code = pasted(server.screen, "from openai import", "print(")
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "linear_spec" in answer.stdout
+
+
+def test_the_ready_screen_tells_where_the_time_went(server: ServerProcess) -> None:
+    for phase in ("imports", "ray", "serve", "engine", "http"):
+        assert re.search(rf"\b{phase} \d+\.\d s", server.screen)
+    assert f"ready: {server.url}" in server.screen and "triserve-tiny" in server.screen
+    assert len(server.screen[server.screen.index("TriServe is ready") :].splitlines()) <= 24
+
+
+def test_every_process_gets_rays_settings_from_the_configuration(server: ServerProcess) -> None:
+    expected = ray_environment(AppConfig())
+    replicas = [pid for pid, name in server.processes().items() if re.match("ray::(Serve|Proxy)", name)]
+    assert len(replicas) >= 4  # controller, proxy, ingress, engine
+    for pid in replicas:
+        pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        environment = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        assert {name: environment[name] for name in expected} == expected
+        assert {name for name in environment if name.startswith("RAY_SERVE_")} <= set(expected)
+        assert environment["RAY_AUTH_MODE"] == "token" and len(environment["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_it_listens_on_loopback_only(server: ServerProcess) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10):
+        pass
+    table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    hosts = {
+        row[1].split(":")[0]
+        for row in table
+        if row[3] == "0A" and int(row[1].split(":")[1], 16) == server.port
+    }
+    assert hosts == {"0100007F"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay", [0.5, 3.0])
+def test_an_interrupt_while_it_starts_leaves_nothing_behind(number: int, delay: float) -> None:
+    starting = ServerProcess(free_port())
+    starting.launch()
+    time.sleep(delay)
+    status = starting.stop(number)
+    assert status == 0 or delay < 1  # before Python has read our handlers in, the signal itself ends it
+    assert starting.processes() == {}
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_without_a_traceback(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path / "broken")
+    file = tmp_path / "broken" / "model.safetensors"
+    file.chmod(0o644)
+    weights = load_file(file)
+    del weights["encoder.norm.weight"]
+    weights["surprise"] = torch.zeros(1)
+    weights["diffusion_head.weight"] = weights["diffusion_head.weight"][:-1].clone()
+    save_file(weights, file)
+    broken = ServerProcess(free_port(), ["--checkpoint", str(tmp_path / "broken")])
+    broken.launch()
+    with broken.process, pytest.raises(AssertionError, match="did not start"):
+        broken.wait_until_ready()
+    assert broken.process.returncode == 1
+    for sentence in (
+        "missing encoder.norm.weight",
+        "unexpected surprise",
+        "diffusion_head.weight has shape [1535, 192]",
+    ):
+        assert sentence in broken.screen
+    assert "Traceback" not in broken.screen
+    assert broken.processes() == {}
+
+
+def test_a_taken_port_is_told_before_anything_starts(
+    taken_port: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-m", "serve_app.cli", "serve", "--port", str(taken_port)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{taken_port}" in answer.stderr and "--port" in answer.stderr
+    assert time.monotonic() - began < 10 and "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("folder", ["", "nowhere"])
+def test_a_folder_without_a_checkpoint_is_told(tmp_path: Path, folder: str) -> None:
+    command = [sys.executable, "-m", "serve_app.cli", "serve", "--checkpoint", str(tmp_path / folder)]
+    answer = subprocess.run(
+        [*command, "--port", str(free_port())], capture_output=True, text=True, timeout=60
+    )
+    assert answer.returncode == 1
+    assert str(tmp_path / folder) in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_wrong_configuration_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "triserve.yaml"
+    file.write_text("server: {prot: 8000}")
+    assert main(["serve", "--config", str(file)]) == 2
+    assert "did you mean server.port?" in capsys.readouterr().err
+    assert main(["doctor", "--port", "0"]) == 2
+    assert "server.port must be between" in capsys.readouterr().err
+
+
+def test_the_doctor_finds_this_machine_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["doctor", "--port", str(free_port())])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0 and all(line.startswith("ok ") for line in lines)
+    for name in ("machine", "python", "torch", "triton", "ray", "checkpoint", "memory", "port"):
+        assert any(line.split()[1] == name for line in lines)
+
+
+def test_the_doctor_names_each_problem(
+    taken_port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "gpu.yaml"
+    file.write_text("engine: {device: 'cuda:99'}")
+    arguments = ["--config", str(file), "--checkpoint", str(tmp_path), "--port", str(taken_port)]
+    assert main(["doctor", *arguments]) == 1
+    problems = [
+        line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("problem")
+    ]
+    assert {"checkpoint", "port"} <= set(problems)
+
+
+def test_the_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["serve", "--help"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert len(capsys.readouterr().out.splitlines()) <= 24
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ("Traceback:\n  File x\nengine.config.CheckpointError: a lacks b", "a lacks b"),
+        ("RuntimeError: Traceback\n  File x\nValueError: max: one\ntwo", "max: one\ntwo"),
+        ("MemoryError", "MemoryError"),
+        ("it just failed", "it just failed"),
+    ],
+)
+def test_the_cause_of_a_failed_start_is_its_last_exception(message: str, sentence: str) -> None:
+    assert cause(message) == sentence
+
+
+def test_nothing_is_left_of_a_server_that_is_killed_with_its_terminal() -> None:
+    starting = ServerProcess(free_port())
+    starting.launch()
+    time.sleep(2)
+    os.kill(starting.process.pid, signal.SIGHUP)
+    starting.process.communicate(timeout=30)
+    assert starting.processes() == {}

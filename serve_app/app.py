@@ -30,6 +30,7 @@ def build(args: AppConfig) -> Application:
         name="engine",
         num_replicas=args.replicas,
         max_ongoing_requests=args.serve.max_ongoing_requests,
+        max_queued_requests=args.serve.max_queued_requests,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         **common,
     )(EngineReplica)
@@ -40,4 +41,4 @@ def build(args: AppConfig) -> Application:
         ray_actor_options={"num_cpus": 0},
         **common,
     )(Ingress)
-    return ingress.bind(args, engine.bind(args.effective_engine))
+    return ingress.bind(args, engine.bind(args.effective_engine, args.serve.stuck_seconds))

@@ -18,6 +18,8 @@ from serve_app.local_server import LocalServer, StartError
 from serve_app.supervisor import supervise
 
 USAGE_ERROR = 2
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+EXPOSED = "Other machines can reach it, and it asks nobody for a key: put a gateway in front."
 FAILURE = 1
 
 
@@ -93,8 +95,9 @@ def ready_screen(server: LocalServer, seconds: float) -> str:
     inner = ", ".join(f"{phase} {spent:.1f} s" for phase, spent in server.engine_phases.items())
     notes = {"engine": f" ({inner})"}
     phases = [f"{phase} {spent:.1f} s{notes.get(phase, '')}" for phase, spent in server.phases.items()]
+    exposed = "" if config.server.host in LOOPBACK else f"\n{EXPOSED}"
     return f"""
-TriServe is ready: {server.url}
+TriServe is ready: {server.url}{exposed}
 
   model    {name}, context {server.model["max_model_len"]} tokens
   modes    {", ".join(server.model["modes"])} (default {config.effective_engine.default_mode}; set "mode" per request)

@@ -45,8 +45,10 @@ class ServeConfig(_Section):
 
     proxy: Literal["python", "haproxy"] = "python"  # HAProxy carries more, but tells of some disconnects late
     max_ongoing_requests: int = 1024  # per engine replica; they wait in the engine, not in Serve
+    max_queued_requests: int = 1024  # per ingress replica, beyond those; more are answered 503
     access_log: bool = False
     health_check_seconds: float = 1.0
+    stuck_seconds: float = 300.0  # an engine with work and without a step is replaced
     start_seconds: float = 1800.0  # until every replica must be up
     drain_seconds: float = 600.0  # what a leaving replica's streams get
     stats_port: int = 8404  # HAProxy's own pages

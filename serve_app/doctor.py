@@ -121,11 +121,19 @@ def _checkpoint(config: AppConfig) -> str:
 def _memory(config: AppConfig) -> str:
     weights = sum(file.stat().st_size for file in Path(config.engine.checkpoint).rglob("*.safetensors"))
     on_host = weights if config.engine.device == "cpu" else 0
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = _available_bytes()
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else None
     if available < SERVER_BYTES + on_host:
         raise Problem(f"{_gib(available)} free, but {_gib(SERVER_BYTES + on_host)} are wanted")
     return f"{_gib(available)} free" + (f", {_gib(shm)} of shared memory" if shm is not None else "")
+
+
+def _available_bytes() -> int:
+    """What could be allocated now, page cache included."""
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _port(config: AppConfig) -> str:

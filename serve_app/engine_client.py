@@ -29,8 +29,7 @@ class EngineClient:
         """The answer's chunks. When its replica dies, another one continues where it stopped."""
         tokens = list(request.generated)
         for resumes_left in reversed(range(RESUMES + 1)):
-            packed = pack(dataclasses.replace(request, generated=tuple(tokens)))
-            response = cast(DeploymentResponseGenerator[Chunk], self._stream.remote(packed))
+            response = self._call(dataclasses.replace(request, generated=tuple(tokens)))
             try:
                 async for chunk in response:
                     tokens += chunk[0]
@@ -45,6 +44,9 @@ class EngineClient:
                 raise _failure(f"the engine takes no requests: {error}", status=503) from error
             finally:
                 response.cancel()  # type: ignore[no-untyped-call]
+
+    def _call(self, request: Request) -> DeploymentResponseGenerator[Chunk]:
+        return cast(DeploymentResponseGenerator[Chunk], self._stream.remote(pack(request)))
 
     def abort(self, request_id: str) -> None:
         """Frees a sequence wherever it is; returns at once. Serve's own cancellation does the same, when it arrives."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -15,13 +16,17 @@ Chunk = tuple[list[int], str | None, dict[str, Any] | None, str | None]
 
 
 class EngineReplica:
-    """One engine behind a Serve replica. Raises CheckpointError if the checkpoint cannot be served."""
+    """One engine behind a Serve replica; unhealthy once it has died, or runs for `patience` seconds without a step.
 
-    def __init__(self, config: EngineConfig) -> None:
+    Raises CheckpointError if the checkpoint cannot be served.
+    """
+
+    def __init__(self, config: EngineConfig, patience: float) -> None:
         # Not at the top: the ingress and the command line import this module and must not pay for torch.
         from engine.loop import EngineLoop
 
         self._engine = EngineLoop(config)
+        self._progress = Progress(patience)
 
     async def stream(self, packed: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
         """The answer to a packed request. Leaving the stream aborts the sequence."""
@@ -45,9 +50,25 @@ class EngineReplica:
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
-        error = self._engine.status().error
-        if error is not None:
-            raise RuntimeError(f"the engine has stopped: {error}")
+        status = self._engine.status()
+        if status.error is not None:
+            raise RuntimeError(f"the engine has stopped: {status.error}")
+        if self._progress.stuck(status.steps, busy=status.running > 0, now=time.monotonic()):
+            raise RuntimeError("the engine makes no step")
+
+
+class Progress:
+    """Notices that steps have stopped coming although there is work."""
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience  # seconds
+        self._steps = -1
+        self._since = 0.0
+
+    def stuck(self, steps: int, *, busy: bool, now: float) -> bool:
+        if steps != self._steps or not busy:
+            self._steps, self._since = steps, now
+        return now - self._since > self._patience
 
 
 def pack(request: Request) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The HTTP ingress: OpenAI's endpoints. Validates, tokenizes, follows the engine and answers; knows no torch."""
 
-import asyncio
 import secrets
 import time
 import uuid
@@ -16,7 +15,7 @@ from starlette.exceptions import HTTPException
 from engine.config import MODES
 from engine.request import Request as EngineRequest
 from engine.tokenizer import Tokenizer
-from serve_app import limits, request_body
+from serve_app import limits, offload, request_body
 from serve_app.answer import Answer
 from serve_app.config import AppConfig
 from serve_app.engine_client import EngineClient
@@ -34,7 +33,8 @@ app.add_middleware(LastResort)
 
 @app.exception_handler(ApiError)
 async def _answer_api_error(_: Request, error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status)
+    headers = {"retry-after": "1"} if error.status == 503 else None
+    return JSONResponse(error.body(), error.status, headers)
 
 
 @app.exception_handler(HTTPException)
@@ -46,9 +46,20 @@ async def _answer_http_error(request: Request, error: HTTPException) -> JSONResp
 
 
 def _body_of(model: type[GenerationRequest]) -> dict[str, Any]:
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    schema = model.model_json_schema()
+    inlined = _inlined(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined}}}}
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """`schema` with its references replaced by what they refer to: OpenAPI keeps definitions elsewhere."""
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items()}
 
 
 # Above the class: `serve.ingress` takes a copy of it, and of what it refers to, as soon as it is defined.
@@ -96,9 +107,9 @@ class Ingress:
         body = await request_body.read(request, ChatRequest, self._config.server.max_body_bytes)
         self._check_model(body.model)
         messages = [message.plain() for message in body.messages]
-        await self._check_size([message["content"] for message in messages], "messages")
+        size = await self._check_size([message["content"] for message in messages], "messages")
         try:
-            prompt = await asyncio.to_thread(self._tokenizer.encode_chat, messages)
+            prompt = await offload.run(size, self._tokenizer.encode_chat, messages)
         except ValueError as error:
             raise ApiError(f"messages: {error}", param="messages", code="invalid_value") from error
         return await self._complete(body, [prompt], "messages")
@@ -114,15 +125,16 @@ class Ingress:
         return await self._complete(body, prompts, "prompt")
 
     async def _encode_prompt(self, prompt: str) -> list[int]:
-        await self._check_size([prompt], "prompt")
-        return await asyncio.to_thread(self._tokenizer.encode_prompt, prompt)
+        size = await self._check_size([prompt], "prompt")
+        return await offload.run(size, self._tokenizer.encode_prompt, prompt)
 
-    async def _check_size(self, texts: Sequence[str], param: str) -> None:
-        """Refuses what cannot fit before it costs a tokenization."""
+    async def _check_size(self, texts: Sequence[str], param: str) -> int:
+        """The characters of `texts`. Refuses what cannot fit before it costs a tokenization."""
         context = await self._context_tokens()
         least = sum(self._tokenizer.least_tokens(text) for text in texts)
         if least > context:
             raise _too_long(f"this request has at least {least} in its {param}", context, param)
+        return sum(map(len, texts))
 
     async def _complete(
         self, body: GenerationRequest, prompts: Sequence[Sequence[int]], param: str

@@ -22,7 +22,7 @@ TOKEN_ID = 2**31 - 1
 # What an error may cost to report.
 ERROR_CHARACTERS = 1000
 NAMED_PARAMS = 16
-INLINE_BODY_BYTES = 16 * KIB  # bodies up to here are parsed and tokenized on the event loop
+INLINE_SIZE = 16 * KIB  # bodies and texts up to here are handled on the event loop
 
 # Configuration: (least, most) of a number, by its place in AppConfig.
 CONFIG: dict[str, tuple[float, float]] = {
@@ -43,7 +43,9 @@ CONFIG: dict[str, tuple[float, float]] = {
     "server.default_max_tokens": (1, MAX_TOKENS),
     "server.keep_alive_seconds": (0.05, 3600),
     "serve.max_ongoing_requests": (1, 10**6),
+    "serve.max_queued_requests": (1, 10**6),
     "serve.health_check_seconds": (0.1, 600),
+    "serve.stuck_seconds": (1, 24 * 3600),
     "serve.start_seconds": (1, 24 * 3600),
     "serve.drain_seconds": (0, 24 * 3600),
     "serve.stats_port": (1, 65535),

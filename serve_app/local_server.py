@@ -22,6 +22,7 @@ from engine.tokenizer import Tokenizer
 from serve_app.config import AppConfig, logging_config, ray_environment
 
 POLL_SECONDS = 0.1
+RAY_LOGS = "/tmp/ray/session_latest/logs"
 OBJECT_STORE_BYTES = 80 * 2**20  # requests and answers travel by gRPC; Ray insists on some 75 MB
 ERROR_LINE = re.compile(r"^[\w.]*(?:Error|Exception)\b(?::|$)", re.MULTILINE)
 
@@ -42,8 +43,9 @@ class LocalServer:
 
     @property
     def url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.config.server.host, self.config.server.host)
-        return f"http://{host}:{self.config.server.port}"
+        server = self.config.server
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+        return f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
 
     def start(self) -> None:
         """Returns when requests are answered. Raises StartError, with nothing left running."""
@@ -60,9 +62,11 @@ class LocalServer:
                 self._deploy()
             with self._phase("http"):
                 self._wait_for_http()
-        except BaseException:
+        except BaseException as error:
             self.stop()
-            raise
+            if isinstance(error, StartError) or not isinstance(error, Exception):
+                raise
+            raise StartError(f"{type(error).__name__}: {error}\nRay's logs: {RAY_LOGS}") from error
 
     def stop(self) -> None:
         """Ends every process that `start` started."""

@@ -1,13 +1,12 @@
 """A request's body: bounded while it arrives, parsed as strict JSON, validated."""
 
-import asyncio
 import json
 from typing import TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from serve_app import limits
+from serve_app import offload
 from serve_app.errors import ApiError, from_validation
 from serve_app.schemas import GenerationRequest
 
@@ -22,9 +21,7 @@ async def read(request: Request, model: type[Model], max_bytes: int) -> Model:
             f"content-type must be application/json, not {kind or 'missing'}", code="invalid_content_type"
         )
     body = await _receive(request, max_bytes)
-    if len(body) <= limits.INLINE_BODY_BYTES:
-        return _parse(body, model)
-    return await asyncio.to_thread(_parse, body, model)
+    return await offload.run(len(body), _parse, body, model)
 
 
 async def _receive(request: Request, max_bytes: int) -> bytes:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -38,7 +39,16 @@ def supervise(work: Callable[[], int]) -> int:
     finally:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # impatience would leave processes behind
+        _end_group(child)
         end_descendants()
+
+
+def _end_group(leader: int) -> None:
+    """Where there is no /proc, this is all that can be found."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return
 
 
 def end_descendants() -> None:
@@ -59,6 +69,8 @@ def _be_the_child(work: Callable[[], int]) -> NoReturn:
     status = 1
     try:
         status = work()
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

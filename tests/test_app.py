@@ -8,7 +8,9 @@ import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import openai
@@ -19,13 +21,13 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
 
-from conftest import ServerProcess
-from engine.config import MODES, EngineConfig
-from engine.request import Request
+from conftest import ServerProcess, free_port
+from engine.config import MODES, DiffusionParams, EngineConfig, SamplingParams
+from engine.request import DecodeStats, Delta, Request
 from engine.tokenizer import Tokenizer
 from serve_app.answer import Answer
 from serve_app.engine_client import EngineClient
-from serve_app.engine_replica import Chunk
+from serve_app.engine_replica import Chunk, EngineReplica, Progress, pack, unpack
 from serve_app.generation import Generation
 from serve_app.streaming import DONE, KEEP_ALIVE, Envelope, frames
 
@@ -353,17 +355,17 @@ async def test_a_disconnect_frees_the_pages(
         "stream": stream,
         "max_tokens": 1900,
         "ignore_eos": True,
-        "n": 2,
+        "n": 8,
     }
     async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as leaver:
         request = asyncio.create_task(leaver.post("/v1/chat/completions", json=body))
-        while busy(http)[0] < 2:
+        while busy(http)[0] < 8:
             await asyncio.sleep(0.01)
         request.cancel()
         await asyncio.gather(request, return_exceptions=True)
     left = time.monotonic()
     wait_until(lambda: busy(http) == (0, 0, 0))
-    assert time.monotonic() - left < 2  # to generate all of it takes longer
+    assert time.monotonic() - left < 4  # to generate all of it takes several times as long
 
 
 def test_a_request_outlives_its_engine(server: ServerProcess, http: httpx.Client) -> None:
@@ -383,6 +385,115 @@ def test_a_request_outlives_its_engine(server: ServerProcess, http: httpx.Client
                 ]
                 os.kill(engine, signal.SIGKILL)
     assert text == expected
+
+
+@pytest.mark.long
+def test_haproxy_serves_the_same(tmp_path: Path) -> None:
+    ports = {"stats_port": free_port(), "metrics_port": free_port()}
+    file = tmp_path / "haproxy.yaml"
+    file.write_text(json.dumps({"serve": {"proxy": "haproxy", **ports}}))
+    server = ServerProcess(free_port(), ["--config", str(file)])
+    server.launch()
+    try:
+        server.wait_until_ready()
+        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+            assert text_of(chat(http, seed=1)) == text_of(chat(http, seed=1, mode="ar"))
+            assert_refused(http.get("/nowhere"), 404, None, "not_found")
+            body = {"model": NAME, "messages": SUM, "stream": True, "max_tokens": 1900, "ignore_eos": True}
+            with http.stream("POST", "/v1/chat/completions", json=body) as response:
+                next(response.iter_lines())
+            wait_until(lambda: busy(http) == (0, 0, 0), 5)
+    finally:
+        server.stop()
+    assert server.processes() == {}
+
+
+class FakeLoop:
+    """An engine loop that plays deltas at once, then raises `failure`, if there is one."""
+
+    def __init__(
+        self, deltas: list[Delta], failure: Exception | None = None, error: str | None = None
+    ) -> None:
+        self.deltas, self.failure, self.error = deltas, failure, error
+        self.closed = False
+
+    async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
+        try:
+            for delta in self.deltas:
+                yield delta
+            if self.failure is not None:
+                raise self.failure
+            await asyncio.sleep(60)
+        finally:
+            self.closed = True
+
+    def status(self) -> Any:
+        return SimpleNamespace(error=self.error, steps=0, running=1)
+
+
+def replica_of(loop: FakeLoop) -> EngineReplica:
+    replica = EngineReplica.__new__(EngineReplica)
+    replica._engine = cast(Any, loop)
+    replica._progress = Progress(60)
+    return replica
+
+
+async def test_deltas_that_wait_for_the_reader_are_joined() -> None:
+    deltas = [Delta((1,)), Delta((2, 3)), Delta((4,), "stop", DecodeStats(("ar",), 3))]
+    loop = FakeLoop(deltas)
+    chunks = []
+    async for chunk in replica_of(loop).stream(pack(Request("r", (1,)))):
+        chunks.append(chunk)
+        if chunk[1] is not None:
+            break
+    assert [token for chunk in chunks for token in chunk[0]] == [1, 2, 3, 4]
+    assert len(chunks) == 1
+    assert chunks[-1][1] == "stop" and chunks[-1][2] is not None and chunks[-1][2]["forwards"] == 3
+
+
+async def test_leaving_a_replicas_stream_ends_the_engines() -> None:
+    loop = FakeLoop([Delta((1,))])
+    stream = replica_of(loop).stream(pack(Request("r", (1,))))
+    await anext(stream)
+    assert not loop.closed
+    await stream.aclose()
+    assert loop.closed
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"), [(ValueError("prompt: bad"), "refused"), (RuntimeError("dead"), "error")]
+)
+async def test_no_exception_of_the_engine_crosses_to_the_ingress(failure: Exception, reason: str) -> None:
+    stream = replica_of(FakeLoop([Delta((1,))], failure)).stream(pack(Request("r", (1,))))
+    assert [chunk async for chunk in stream] == [([1], None, None, None), ([], reason, None, str(failure))]
+
+
+async def test_a_replica_with_a_dead_engine_is_unhealthy() -> None:
+    await replica_of(FakeLoop([])).check_health()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        await replica_of(FakeLoop([], error="out of memory")).check_health()
+
+
+def test_an_engine_is_stuck_when_it_has_work_and_makes_no_step() -> None:
+    progress = Progress(10)
+    assert not progress.stuck(1, busy=True, now=100)
+    assert not progress.stuck(1, busy=True, now=110)
+    assert progress.stuck(1, busy=True, now=111)
+    assert not progress.stuck(2, busy=True, now=112)
+    assert not progress.stuck(2, busy=False, now=200)
+    assert not progress.stuck(2, busy=True, now=205)
+
+
+def test_a_request_survives_packing() -> None:
+    request = Request(
+        "r",
+        (1, 2),
+        SamplingParams(0.5, 1, 0.9, 0.1, 7, 9, (3,), True),
+        "ar",
+        DiffusionParams(0.5, 2, 8),
+        (4,),
+    )
+    assert unpack(pack(request)) == request
 
 
 class ScriptedEngine(EngineClient):

@@ -102,6 +102,7 @@ class Engine:
             else:
                 sequence.forwards += 1
                 new = segment.mode.advance(sequence, Settled(segment, tokens))
+                sequence.decoded += len(new)
             if sequence.finish_reason is not None:
                 self._finish(sequence, new, deltas)
             elif new:

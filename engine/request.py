@@ -30,10 +30,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStats:
-    """How an answer was decoded. `forwards` counts the steps in which the sequence had a segment, prefill excluded."""
+    """How an answer was decoded. `forwards` counts the steps in which the sequence had a segment and `tokens` what they
+    committed; neither has the prefill, nor the first token, which comes from it."""
 
     modes: tuple[str, ...] = ()
     forwards: int = 0
+    tokens: int = 0
     drafted: int = 0
     accepted: int = 0
     denoise_passes: int = 0

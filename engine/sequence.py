@@ -42,7 +42,8 @@ class Sequence:
         self.uncertain = 0
         self.finish_reason: str | None = None
         self.modes_used: list[str] = []
-        self.forwards = self.drafted = self.accepted = self.denoise_passes = self.canvases = 0
+        self.forwards = self.decoded = 0
+        self.drafted = self.accepted = self.denoise_passes = self.canvases = 0
 
     @property
     def num_generated(self) -> int:
@@ -89,6 +90,7 @@ class Sequence:
         return DecodeStats(
             tuple(self.modes_used),
             self.forwards,
+            self.decoded,
             self.drafted,
             self.accepted,
             self.denoise_passes,

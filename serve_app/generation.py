@@ -60,7 +60,7 @@ class Generation:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "decode": _decode_usage([answer.stats for answer in self.answers], completion_tokens),
+            "decode": _decode_usage([answer.stats for answer in self.answers]),
         }
 
     async def _next(self, seconds: float | None) -> Event | None:
@@ -106,12 +106,12 @@ def _failure(finish_reason: str | None, error: str | None) -> ApiError:
     return ApiError(message, status=500, code="engine_error")
 
 
-def _decode_usage(stats: Sequence[DecodeStats], tokens: int) -> dict[str, Any]:
+def _decode_usage(stats: Sequence[DecodeStats]) -> dict[str, Any]:
     forwards = sum(each.forwards for each in stats)
     return {
         "mode": sorted({mode for each in stats for mode in each.modes}),
         "forward_passes": forwards,
-        "tokens_per_forward": round(tokens / forwards, 3) if forwards else 0.0,
+        "tokens_per_forward": round(sum(each.tokens for each in stats) / forwards, 3) if forwards else 0.0,
         "drafted": sum(each.drafted for each in stats),
         "accepted": sum(each.accepted for each in stats),
         "denoise_passes": sum(each.denoise_passes for each in stats),

@@ -15,7 +15,7 @@ from engine.step import BLOCK, LENGTH, LORA, PATTERN, RESTART, ROW, SETTLE, Step
 class Batch:
     """S segments, T query tokens."""
 
-    segments: Tensor  # [S, 8] the step's segments, on the device
+    segments: Tensor  # [S, 9] the step's segments, on the device
     thresholds: Tensor  # [S]
     lengths: list[int]  # [S] query tokens of each segment, known to the host
     kinds: dict[Settle, slice]  # which segments end in which settle operation

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.segment import Pattern, Settle
 from engine.state import Tables
-from engine.step import BLOCK, PATTERN, STEPS, Step
+from engine.step import BLOCK, COMMITS, PATTERN, STEPS, Step
 from kernels.commit import commit
 from kernels.verify import accepted
 from kernels.vocabulary import choose, confidence
@@ -86,6 +86,8 @@ class Settler:
         return StepOutput(torch.ones_like(row), token[:, None])
 
     def _denoise(self, part: slice) -> StepOutput:
+        if not self.step.segments[part, COMMITS].any():
+            return self._draft(part)
         batch, tables = self.batch, self.tables
         row, block, context, open_ = (
             t[part] for t in (batch.row, batch.block, batch.context, batch.bidirectional)
@@ -116,48 +118,58 @@ class Settler:
         seed = drawn.gather(1, block[:, None] - 1)
         # an open canvas stays where it is; a finished one is committed, and its causal pass gave the next seed token
         new_tokens = torch.cat((after[:, 1:], torch.zeros_like(seed)), 1).scatter(1, block[:, None] - 1, seed)
-        tables.tokens[row[:, None], slot] = torch.where(inside, after, tables.tokens[row[:, None], slot])
+        tables.tokens[row[:, None], slot] = torch.where(inside, after, tables.mask_id)
         end = context + block
-        tables.tokens[row, end] = torch.where(open_, tables.tokens[row, end], seed[:, 0])
+        tables.tokens[row, end] = torch.where(open_, tables.mask_id, seed[:, 0])
         tables.cached[row] = torch.where(open_, context, end)
         tables.passes[row] = torch.where(open_, tables.passes[row] + 1, 0)
         return StepOutput(torch.where(open_, 0, block), new_tokens)
+
+    def _draft(self, part: slice) -> StepOutput:
+        """Denoising that is not to commit anything: canvases of masks, filled in one pass for a verification."""
+        row = self.batch.row[part]
+        self._fill(
+            row, self.batch.block[part], self.batch.first[part], self.batch.context[part], self._width(part)
+        )
+        return StepOutput(torch.zeros_like(row), row.new_empty(len(row), 0))
 
     def _verify(self, part: slice) -> StepOutput:
         batch, tables = self.batch, self.tables
         row, block, context = batch.row[part], batch.block[part], batch.context[part]
         column = torch.arange(self._width(part), device=row.device)
-        inside = column < block[:, None]
         query = batch.first[part, None] + column.minimum(block[:, None] - 1)
-        slot = context[:, None] + column
-        draft = tables.tokens[row[:, None], slot]
-        logits = self.head(self.hidden[query.view(-1)])
-        said = self._choose(logits, row.repeat_interleave(len(column)), (slot + 1).view(-1)).view_as(slot)
-        count = accepted(draft, said, block) + 1
-        # what was not accepted turns back into masks
-        kept = torch.where(column < count[:, None], said, tables.mask_id)
-        target = slot + 1
-        tables.tokens[row[:, None], target] = torch.where(inside, kept, tables.tokens[row[:, None], target])
+        target = (context + 1)[:, None] + column  # row j of a block decides what stands at context + 1 + j
+        said = self._logits_to_tokens(query, row, target)
+        # behind a block there are masks, which nobody says: acceptance ends there by itself
+        count = accepted(tables.tokens[row[:, None], target], said) + 1
+        tables.tokens[row[:, None], target] = torch.where(column < count[:, None], said, tables.mask_id)
         tables.cached[row] = context + count
-        self._redraft(part, count)
+        quadratic = self.step.segments[part, PATTERN] == Pattern.QUADRATIC
+        if quadratic.any():
+            # the mask group anchored after the accepted drafts holds the next ones, and its first mask the seed token
+            chosen = torch.from_numpy(quadratic).to(row.device)
+            group = batch.first[part] + block * count
+            self._fill(
+                row[chosen], block[chosen], group[chosen], (context + count)[chosen], self._width(part)
+            )
         return StepOutput(count, said)
 
-    def _redraft(self, part: slice, count: Tensor) -> None:
-        """Quadratic segments: the mask group anchored after the accepted drafts holds the next drafts."""
-        if not (self.step.segments[part, PATTERN] == Pattern.QUADRATIC).any():
-            return
-        chosen = self.batch.segments[part, PATTERN] == Pattern.QUADRATIC
-        batch, tables = self.batch, self.tables
-        row, block, context = batch.row[part][chosen], batch.block[part][chosen], batch.context[part][chosen]
-        count = count[chosen]
-        # the group's first mask stands where the seed token is known by now
-        column = torch.arange(1, self._width(part), device=row.device)
-        inside = (column < block[:, None]).view(-1).nonzero()[:, 0]
-        query = (batch.first[part][chosen] + block + (count - 1) * block)[:, None] + column
-        slot = ((context + count)[:, None] + column).view(-1)[inside]
-        owner = row.repeat_interleave(len(column))[inside]
-        logits = self.head(self.hidden[query.view(-1)[inside]])
-        tables.tokens[owner, slot] = self._choose(logits, owner, slot)
+    def _fill(self, row: Tensor, block: Tensor, first: Tensor, context: Tensor, width: int) -> None:
+        """Draws drafts for the positions after context [S], up to block [S] - 1 of them, from the bidirectional query
+        rows after first [S]."""
+        column = torch.arange(1, width, device=row.device).minimum(block[:, None] - 1)
+        target = (
+            context[:, None] + column
+        )  # where a block is shorter, its last position is drawn again and again
+        self.tables.tokens[row[:, None], target] = self._logits_to_tokens(
+            first[:, None] + column, row, target
+        )
+
+    def _logits_to_tokens(self, query: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        """query: [S, W] query tokens whose logits say what stands at position [S, W] of table rows [S]."""
+        logits = self.head(self.hidden[query.flatten()])
+        owner = row.repeat_interleave(query.shape[1])
+        return self._choose(logits, owner, position.flatten()).view_as(query)
 
     def _width(self, part: slice) -> int:
         return int(self.step.segments[part, BLOCK].max())

@@ -10,7 +10,7 @@ from engine.segment import Segment
 from engine.sequence import Sequence
 
 # columns of Step.segments
-ROW, LENGTH, BLOCK, PATTERN, SETTLE, STEPS, LORA, RESTART = range(8)
+ROW, LENGTH, BLOCK, PATTERN, SETTLE, COMMITS, STEPS, LORA, RESTART = range(9)
 # columns of Step.rows and Step.sampling
 ROW_ID, ROW_TOKENS, ROW_SEED, ROW_TOP_K = range(4)
 TEMPERATURE, TOP_P, MIN_P = range(3)
@@ -20,7 +20,7 @@ TEMPERATURE, TOP_P, MIN_P = range(3)
 class Step:
     """One forward of every rank.
 
-    segments: [S, 8] int64, one row a segment, in order of settle operation and length; columns as named above.
+    segments: [S, 9] int64, one row a segment, in order of settle operation and length; columns as named above.
     thresholds: [S] float64. grants: [G, 3] int64, (row, column, page). rows: [N, 4] int64 and sampling: [N, 3] float64,
     sequences that start in a row; tokens: their prompts, one after the other. greedy, filtered: whether all rows of
     the batch are greedy, and whether any has a filter.
@@ -42,11 +42,21 @@ def pack(segments: Seq[Segment], started: Seq[Sequence], granted: Seq[tuple[int,
     return Step(
         segments=np.array(
             [
-                (s.sequence.row, s.query_tokens, s.block, s.pattern, s.settle, s.steps, s.lora, s.restart)
+                (
+                    s.sequence.row,
+                    s.query_tokens,
+                    s.block,
+                    s.pattern,
+                    s.settle,
+                    s.commits,
+                    s.steps,
+                    s.lora,
+                    s.restart,
+                )
                 for s in segments
             ],
             dtype=np.int64,
-        ).reshape(-1, 8),
+        ).reshape(-1, 9),
         thresholds=np.array([s.threshold for s in segments], dtype=np.float64),
         grants=np.array(granted, dtype=np.int64).reshape(-1, 3),
         rows=np.array(

@@ -16,7 +16,7 @@ from fakes import TOY, generate, random_prompt, random_weights, toy_engine
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize(
     ("block_length", "threshold", "steps"),
-    [(4, 0.9, 0), (8, 0.3, 0), (8, 1.0, 3), (8, 0.2, 2), (16, 0.5, 5), (4, 1.0, 1)],
+    [(4, 0.9, 0), (8, 0.3, 0), (8, 0.0, 0), (8, 1.0, 3), (8, 0.2, 2), (16, 0.5, 5), (4, 1.0, 1)],
 )
 def test_canvases_equal_the_plain_loop(block_length: int, threshold: float, steps: int, lag: int) -> None:
     seed = block_length + steps

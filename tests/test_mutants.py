@@ -92,6 +92,6 @@ def test_a_mutant_noise_index_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_mutant_acceptance_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """One drafted token too many is believed."""
-    monkeypatch.setattr("engine.settle.accepted", lambda d, s, n: (accepted(d, s, n) + 1).minimum(n - 1))
+    monkeypatch.setattr("engine.settle.accepted", lambda d, s: (accepted(d, s) + 1).clamp(max=s.shape[1] - 1))
     with pytest.raises(AssertionError):
         everything()

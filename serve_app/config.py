@@ -37,6 +37,8 @@ class ServerConfig(_Section):
     ingress_replicas: int = 1
     max_body_bytes: int = 4 * limits.MIB
     default_max_tokens: int = 4096  # of a request that sets none; never more than its context leaves
+    stream_interval_seconds: float = 0.01  # between a stream's chunks, where the engine is faster
+    whole_interval_seconds: float = 0.1  # between engine and ingress, for answers that do not stream
     keep_alive_seconds: float = 15.0  # an SSE comment after so much silence
 
 

@@ -25,11 +25,11 @@ class EngineClient:
         self._patience = patience  # seconds for a status
         self._background: set[asyncio.Task[None]] = set()
 
-    async def stream(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """The answer's chunks. When its replica dies, another one continues where it stopped."""
+    async def stream(self, request: Request, interval: float) -> AsyncGenerator[Chunk, None]:
+        """The answer's chunks, one per `interval` (seconds). When its replica dies, another continues the answer."""
         tokens = list(request.generated)
         for resumes_left in reversed(range(RESUMES + 1)):
-            response = self._call(dataclasses.replace(request, generated=tuple(tokens)))
+            response = self._call(dataclasses.replace(request, generated=tuple(tokens)), interval)
             try:
                 async for chunk in response:
                     tokens += chunk[0]
@@ -45,8 +45,8 @@ class EngineClient:
             finally:
                 response.cancel()  # type: ignore[no-untyped-call]
 
-    def _call(self, request: Request) -> DeploymentResponseGenerator[Chunk]:
-        return cast(DeploymentResponseGenerator[Chunk], self._stream.remote(pack(request)))
+    def _call(self, request: Request, interval: float) -> DeploymentResponseGenerator[Chunk]:
+        return cast(DeploymentResponseGenerator[Chunk], self._stream.remote(pack(request), interval))
 
     def abort(self, request_id: str) -> None:
         """Frees a sequence wherever it is; returns at once. Serve's own cancellation does the same, when it arrives."""

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from engine.config import DiffusionParams, EngineConfig, SamplingParams
@@ -28,9 +28,9 @@ class EngineReplica:
         self._engine = EngineLoop(config)
         self._progress = Progress(patience)
 
-    async def stream(self, packed: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
-        """The answer to a packed request. Leaving the stream aborts the sequence."""
-        async with aclosing(_coalesced(self._engine.stream(unpack(packed)))) as deltas:
+    async def stream(self, packed: dict[str, Any], interval: float) -> AsyncGenerator[Chunk, None]:
+        """The answer to a packed request, a chunk per `interval` (seconds). Leaving the stream aborts the sequence."""
+        async with aclosing(_coalesced(self._engine.stream(unpack(packed)), interval)) as deltas:
             try:
                 async for delta in deltas:
                     stats = None if delta.stats is None else dataclasses.asdict(delta.stats)
@@ -86,10 +86,10 @@ def unpack(packed: dict[str, Any]) -> Request:
     )
 
 
-async def _coalesced(deltas: AsyncIterator[Delta]) -> AsyncGenerator[Delta, None]:
-    """The same tokens in as few deltas as the reader can take: what waits for it is joined."""
+async def _coalesced(deltas: AsyncIterator[Delta], interval: float) -> AsyncGenerator[Delta, None]:
+    """The same tokens in fewer deltas: at most one per `interval` (seconds), the first and the last at once."""
     waiting: list[Delta] = []
-    arrived = asyncio.Event()
+    arrived, ended = asyncio.Event(), asyncio.Event()
 
     async def collect() -> None:
         try:
@@ -97,23 +97,23 @@ async def _coalesced(deltas: AsyncIterator[Delta]) -> AsyncGenerator[Delta, None
                 waiting.append(delta)
                 arrived.set()
         finally:
+            ended.set()
             arrived.set()
 
     collector = asyncio.create_task(collect())
     try:
-        while True:
+        while waiting or not ended.is_set():
             await arrived.wait()
             arrived.clear()
-            ready = waiting[:]
-            waiting.clear()
-            if ready:
-                tokens = tuple(token for delta in ready for token in delta.token_ids)
-                yield dataclasses.replace(ready[-1], token_ids=tokens)
-            elif collector.done():
-                await collector  # raises what ended the stream, if anything did
-                return
-            if collector.done():
-                arrived.set()
+            if waiting:
+                tokens = tuple(token for delta in waiting for token in delta.token_ids)
+                joined = dataclasses.replace(waiting[-1], token_ids=tokens)
+                waiting.clear()
+                yield joined
+            with suppress(TimeoutError):
+                async with asyncio.timeout(interval):
+                    await ended.wait()
+        await collector  # raises what ended the stream, if anything did
     finally:
         collector.cancel()
         await asyncio.gather(collector, return_exceptions=True)

@@ -25,13 +25,14 @@ class Event:
 
 
 class Generation:
-    """Runs `answers` from construction on; whoever makes one must `close` it."""
+    """Runs `answers` from construction on, in chunks per `interval` (seconds). Whoever makes one must `close` it."""
 
-    def __init__(self, engine: EngineClient, answers: Sequence[Answer]) -> None:
+    def __init__(self, engine: EngineClient, answers: Sequence[Answer], interval: float) -> None:
         self.answers = answers
         self._engine = engine
         self._events: asyncio.Queue[Event | ApiError] = asyncio.Queue()
         self._first: Event | None = None
+        self._interval = interval
         self._open = len(answers)
         self._tasks = [
             asyncio.create_task(self._follow(choice, answer)) for choice, answer in enumerate(answers)
@@ -77,7 +78,7 @@ class Generation:
     async def _follow(self, choice: int, answer: Answer) -> None:
         ended = False
         try:
-            async with aclosing(self._engine.stream(answer.request)) as chunks:
+            async with aclosing(self._engine.stream(answer.request, self._interval)) as chunks:
                 async for token_ids, finish_reason, stats, error in chunks:
                     ended = finish_reason is not None
                     if finish_reason not in (None, "stop", "length"):

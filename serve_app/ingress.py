@@ -147,12 +147,15 @@ class Ingress:
         prompt_tokens = sum(len(prompt) for prompt in prompts)
         ignored = body.ignored_params()
         headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
-        generation = Generation(self._engine, answers)
-        quiet_seconds = self._config.server.keep_alive_seconds
+        server = self._config.server
+        interval = server.stream_interval_seconds if body.stream else server.whole_interval_seconds
+        generation = Generation(self._engine, answers, interval)
         try:
             if body.stream:
-                await generation.settle(quiet_seconds)
-                stream = frames(envelope, generation, quiet_seconds, prompt_tokens, body.include_usage)
+                await generation.settle(server.keep_alive_seconds)
+                stream = frames(
+                    envelope, generation, server.keep_alive_seconds, prompt_tokens, body.include_usage
+                )
                 return EventStream(stream, generation, headers)
             async for _ in generation.events(None):
                 pass

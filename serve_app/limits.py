@@ -41,6 +41,8 @@ CONFIG: dict[str, tuple[float, float]] = {
     "server.ingress_replicas": (1, 256),
     "server.max_body_bytes": (KIB, 256 * MIB),
     "server.default_max_tokens": (1, MAX_TOKENS),
+    "server.stream_interval_seconds": (0, 10),
+    "server.whole_interval_seconds": (0, 10),
     "server.keep_alive_seconds": (0.05, 3600),
     "serve.max_ongoing_requests": (1, 10**6),
     "serve.max_queued_requests": (1, 10**6),

@@ -442,7 +442,7 @@ async def test_deltas_that_wait_for_the_reader_are_joined() -> None:
     deltas = [Delta((1,)), Delta((2, 3)), Delta((4,), "stop", DecodeStats(("ar",), 3))]
     loop = FakeLoop(deltas)
     chunks = []
-    async for chunk in replica_of(loop).stream(pack(Request("r", (1,)))):
+    async for chunk in replica_of(loop).stream(pack(Request("r", (1,))), 0.01):
         chunks.append(chunk)
         if chunk[1] is not None:
             break
@@ -453,7 +453,7 @@ async def test_deltas_that_wait_for_the_reader_are_joined() -> None:
 
 async def test_leaving_a_replicas_stream_ends_the_engines() -> None:
     loop = FakeLoop([Delta((1,))])
-    stream = replica_of(loop).stream(pack(Request("r", (1,))))
+    stream = replica_of(loop).stream(pack(Request("r", (1,))), 0.01)
     await anext(stream)
     assert not loop.closed
     await stream.aclose()
@@ -464,7 +464,7 @@ async def test_leaving_a_replicas_stream_ends_the_engines() -> None:
     ("failure", "reason"), [(ValueError("prompt: bad"), "refused"), (RuntimeError("dead"), "error")]
 )
 async def test_no_exception_of_the_engine_crosses_to_the_ingress(failure: Exception, reason: str) -> None:
-    stream = replica_of(FakeLoop([Delta((1,))], failure)).stream(pack(Request("r", (1,))))
+    stream = replica_of(FakeLoop([Delta((1,))], failure)).stream(pack(Request("r", (1,))), 0.01)
     assert [chunk async for chunk in stream] == [([1], None, None, None), ([], reason, None, str(failure))]
 
 
@@ -503,7 +503,7 @@ class ScriptedEngine(EngineClient):
         self.script = script
         self.aborted: list[str] = []
 
-    async def stream(self, request: Request) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: Request, interval: float) -> AsyncGenerator[Chunk, None]:
         for item in self.script:
             if isinstance(item, float):
                 await asyncio.sleep(item)
@@ -516,7 +516,7 @@ class ScriptedEngine(EngineClient):
 
 def generation(script: list[Chunk | float], stops: tuple[str, ...] = ()) -> tuple[Generation, ScriptedEngine]:
     engine = ScriptedEngine(script)
-    return Generation(engine, [Answer(Request("r", (1,)), TOKENIZER, stops)]), engine
+    return Generation(engine, [Answer(Request("r", (1,)), TOKENIZER, stops)], 0.0), engine
 
 
 async def framed(run: Generation) -> list[bytes]:

@@ -198,7 +198,7 @@ class Ingress:
             raise _too_long(
                 f"this request has {prompt_tokens} in its {param}{asked}",
                 context,
-                param if left < 1 else "max_tokens",
+                param if left < 1 else body.answer_tokens_param,
             )
         return min(left, self._config.server.default_max_tokens) if wanted is None else wanted
 

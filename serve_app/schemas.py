@@ -135,6 +135,11 @@ class GenerationRequest(_Part):
         return self.max_tokens
 
     @property
+    def answer_tokens_param(self) -> str:
+        """The field that `answer_tokens` comes from."""
+        return "max_tokens"
+
+    @property
     def choices(self) -> int:
         return 1 if self.n is None else self.n
 
@@ -187,6 +192,10 @@ class ChatRequest(GenerationRequest):
     @property
     def answer_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def answer_tokens_param(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 class CompletionRequest(GenerationRequest):

@@ -256,6 +256,7 @@ def assert_refused(response: httpx.Response, status: int, param: str | None, cod
         ({"mode": "fast"}, "mode", "invalid_value"),
         ({"n": True}, "n", "invalid_value"),
         ({"max_tokens": 2048}, "max_tokens", "context_length_exceeded"),
+        ({"max_completion_tokens": 2048}, "max_completion_tokens", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "word " * 2100}]}, "messages", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": "x" * 10**6}]}, "messages", "context_length_exceeded"),
     ],

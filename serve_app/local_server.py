@@ -26,6 +26,8 @@ RAY_LOGS = "/tmp/ray/session_latest/logs"
 OBJECT_STORE_BYTES = 80 * 2**20  # requests and answers travel by gRPC; Ray insists on some 75 MB
 ERROR_LINE = re.compile(r"^[\w.]*(?:Error|Exception)\b(?::|$)", re.MULTILINE)
 
+CHECKPOINT_ERROR = f"{CheckpointError.__module__}.{CheckpointError.__qualname__}: "
+
 
 class StartError(Exception):
     """The server cannot start; the message gives the cause and, where one is known, the fix."""
@@ -197,12 +199,13 @@ def check_port(host: str, port: int) -> None:
 
 
 def cause(message: str) -> str:
-    """The last exception of a traceback that came as text, without the traceback."""
+    """The last exception of a traceback that came as text, without the traceback; for one that is not about the
+    checkpoint, its class and where to read more."""
     *_, last = [None, *ERROR_LINE.finditer(message)]
-    if last is None:
-        return message.strip()
-    _, _, sentence = message[last.start() :].strip().partition(": ")
-    return sentence or message[last.start() :].strip()
+    sentence = message[last.start() if last else 0 :].strip()
+    if sentence.startswith(CHECKPOINT_ERROR):
+        return sentence.removeprefix(CHECKPOINT_ERROR)
+    return f"{sentence}\nRay's logs: {RAY_LOGS}"
 
 
 def get_json(url: str) -> Any:

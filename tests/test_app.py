@@ -29,6 +29,7 @@ from serve_app.answer import Answer
 from serve_app.engine_client import EngineClient
 from serve_app.engine_replica import Chunk, EngineReplica, Progress, pack, unpack
 from serve_app.generation import Generation
+from serve_app.schemas import ChatRequest
 from serve_app.streaming import DONE, KEEP_ALIVE, Envelope, frames
 
 NAME = "triserve-tiny"
@@ -339,6 +340,54 @@ def test_a_request_id_is_echoed_or_made(http: httpx.Client) -> None:
         assert http.get(path, headers={"x-request-id": "mine-7"}).headers["x-request-id"].startswith("mine-7")
         made = [http.get(path).headers["x-request-id"] for _ in range(2)]
         assert made[0] != made[1] and all(made)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=8,
+)
+valid = st.fixed_dictionaries(
+    {"max_tokens": st.integers(1, 9)},
+    optional={
+        "temperature": st.floats(0, 2),
+        "top_p": st.floats(0.01, 1),
+        "top_k": st.integers(-1, 50),
+        "min_p": st.floats(0, 1),
+        "n": st.integers(1, 3),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+        "stop": st.lists(st.text(min_size=1, max_size=3), max_size=4),
+        "stop_token_ids": st.lists(st.integers(0, 2**31 - 1), max_size=3),
+        "ignore_eos": st.booleans(),
+        "mode": st.sampled_from(["auto", *MODES]),
+        "diffusion": st.fixed_dictionaries(
+            {
+                "steps": st.integers(0, 5),
+                "threshold": st.floats(0, 1),
+                "block_length": st.sampled_from([4, 8, 16, 32]),
+            }
+        ),
+        "stream": st.booleans(),
+    },
+)
+broken = st.dictionaries(st.sampled_from([*ChatRequest.model_fields, "tools"]), anything, max_size=2)
+
+
+def test_no_request_gets_a_server_error(server: ServerProcess) -> None:
+    @settings(max_examples=80, derandomize=True)
+    @given(valid, broken)
+    def send(good: dict[str, Any], bad: dict[str, Any]) -> None:
+        content = json.dumps({"messages": SUM, **bad, **good})
+        response = http.post(
+            "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+        )
+        assert response.status_code in (200, 400, 404), response.text
+        assert response.status_code == 200 or response.json()["error"]["message"]
+        assert 'data: {"error"' not in response.text
+
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        send()
+        wait_until(lambda: busy(http) == (0, 0, 0))
 
 
 # --- disconnects and failures --------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from conftest import ServerProcess, free_port
 from engine.config import EngineConfig
 from serve_app.cli import main
 from serve_app.config import AppConfig, ray_environment
-from serve_app.local_server import cause
+from serve_app.local_server import RAY_LOGS, cause
 
+LOGS = f"Ray's logs: {RAY_LOGS}"
 FOLDER = Path(EngineConfig().checkpoint)
 
 
@@ -184,9 +185,12 @@ def test_the_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     ("message", "sentence"),
     [
         ("Traceback:\n  File x\nengine.config.CheckpointError: a lacks b", "a lacks b"),
-        ("RuntimeError: Traceback\n  File x\nValueError: max: one\ntwo", "max: one\ntwo"),
-        ("MemoryError", "MemoryError"),
-        ("it just failed", "it just failed"),
+        (
+            "RuntimeError: Traceback\n  File x\nValueError: max: one\ntwo",
+            f"ValueError: max: one\ntwo\n{LOGS}",
+        ),
+        ("Traceback\nMemoryError", f"MemoryError\n{LOGS}"),
+        ("it just failed", f"it just failed\n{LOGS}"),
     ],
 )
 def test_the_cause_of_a_failed_start_is_its_last_exception(message: str, sentence: str) -> None:

@@ -254,7 +254,7 @@ def summarise(workload: Workload, samples: dict[str, list[Sample]]) -> list[Row]
                 statistics.median(map(speed, runs)),
                 ratio(name, HF),
                 ratio(name, "ar"),
-                (runs[0].tokens - len(reference)) / forwards if forwards else 1.0,
+                sum(stats.tokens for stats in runs[0].stats) / forwards if forwards else 1.0,
                 1e6 * statistics.median(overhead) / forwards if forwards else 0.0,
                 100 * statistics.median(o / run.seconds for o, run in zip(overhead, runs, strict=True))
                 if forwards

@@ -22,7 +22,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
 
 from conftest import ServerProcess, free_port
-from engine.config import MODES, DiffusionParams, EngineConfig, SamplingParams
+from engine.config import MODES, DiffusionParams, EngineConfig, ModelConfig, SamplingParams
 from engine.request import DecodeStats, Delta, Request
 from engine.tokenizer import Tokenizer
 from serve_app.answer import Answer
@@ -35,6 +35,7 @@ from serve_app.streaming import DONE, KEEP_ALIVE, Envelope, frames
 NAME = "triserve-tiny"
 LOSSLESS = ("ar", "linear_spec", "quadratic_spec")
 TOKENIZER = Tokenizer(EngineConfig().checkpoint)
+MODEL = ModelConfig.from_json(Path(EngineConfig().checkpoint) / "config.json")
 SUM: list[Any] = [{"role": "user", "content": "What is 41 + 17?"}]
 
 
@@ -256,9 +257,13 @@ def assert_refused(response: httpx.Response, status: int, param: str | None, cod
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", "invalid_value"),
         ({"mode": "fast"}, "mode", "invalid_value"),
         ({"n": True}, "n", "invalid_value"),
-        ({"max_tokens": 2048}, "max_tokens", "context_length_exceeded"),
-        ({"max_completion_tokens": 2048}, "max_completion_tokens", "context_length_exceeded"),
-        ({"messages": [{"role": "user", "content": "word " * 2100}]}, "messages", "context_length_exceeded"),
+        ({"max_tokens": MODEL.max_position}, "max_tokens", "context_length_exceeded"),
+        ({"max_completion_tokens": MODEL.max_position}, "max_completion_tokens", "context_length_exceeded"),
+        (
+            {"messages": [{"role": "user", "content": "word " * MODEL.max_position}]},
+            "messages",
+            "context_length_exceeded",
+        ),
         ({"messages": [{"role": "user", "content": "x" * 10**6}]}, "messages", "context_length_exceeded"),
     ],
 )
@@ -273,10 +278,10 @@ def test_a_bad_request_names_its_parameter(
 @pytest.mark.parametrize(
     ("prompt", "code"),
     [
-        ([100], "invalid_value"),
-        ([1536], "invalid_value"),
+        ([MODEL.mask_id], "invalid_value"),
+        ([MODEL.vocab_size], "invalid_value"),
         ("", "invalid_value"),
-        ([7] * 2048, "context_length_exceeded"),
+        ([7] * MODEL.max_position, "context_length_exceeded"),
     ],
 )
 def test_a_prompt_that_the_model_cannot_take_is_refused(http: httpx.Client, prompt: Any, code: str) -> None:

@@ -13,6 +13,7 @@ from engine.tokenizer import ChatTemplate, Detokenizer, Tokenizer
 FOLDER = Path(EngineConfig().checkpoint)
 MODEL = ModelConfig.from_json(FOLDER / "config.json")
 TOKENIZER = Tokenizer(FOLDER)
+REFERENCE = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
 CONTROL_TEXTS = [
     "<|mask|>",
     "<|im_end|>",
@@ -42,16 +43,19 @@ def copy(tmp_path: Path, **changed: str | None) -> Path:
     return tmp_path
 
 
-def control_ids() -> set[int]:
+def control_ids() -> frozenset[int]:
     raw = json.loads((FOLDER / "tokenizer.json").read_text())
     special = {token["id"] for token in raw["added_tokens"] if token["special"]}
-    return special | {MODEL.mask_id, MODEL.bos_id, *MODEL.eos_ids}
+    return frozenset(special | {MODEL.mask_id, MODEL.bos_id, *MODEL.eos_ids})
+
+
+CONTROL = control_ids()
 
 
 @settings(max_examples=40)
 @given(hostile_text)
 def test_no_text_encodes_to_a_control_token(text: str) -> None:
-    assert control_ids().isdisjoint(TOKENIZER.encode(text))
+    assert CONTROL.isdisjoint(TOKENIZER.encode(text))
 
 
 @settings(max_examples=40)
@@ -67,7 +71,7 @@ def test_content_adds_no_control_token_to_a_conversation(turns: list[tuple[str, 
     harmless = [{"role": role, "content": "x" if content else ""} for role, content in turns]
 
     def controls(messages: list[dict[str, str]]) -> list[int]:
-        return [token for token in TOKENIZER.encode_chat(messages) if token in control_ids()]
+        return [token for token in TOKENIZER.encode_chat(messages) if token in CONTROL]
 
     assert controls(hostile) == controls(harmless)
 
@@ -78,8 +82,7 @@ def test_a_conversation_of_plain_text_is_encoded_as_the_reference_does(texts: li
     config = json.loads((FOLDER / "tokenizer_config.json").read_text())
     messages = [{"role": "user", "content": text} for text in texts]
     rendered = ChatTemplate(config["chat_template"], {}).render(messages, str)
-    reference = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-    assert TOKENIZER.encode_chat(messages) == reference.encode(rendered, add_special_tokens=False).ids
+    assert TOKENIZER.encode_chat(messages) == REFERENCE.encode(rendered, add_special_tokens=False).ids
 
 
 def test_a_template_that_cuts_content_apart_cannot_forge_a_control_token(tmp_path: Path) -> None:
@@ -87,7 +90,7 @@ def test_a_template_that_cuts_content_apart_cannot_forge_a_control_token(tmp_pat
     config["chat_template"] = "<|im_start|>{{ messages[0].content.replace('#', '') }}<|im_end|>"
     tokenizer = Tokenizer(copy(tmp_path, tokenizer_config=json.dumps(config)))
     ids = tokenizer.encode_chat([{"role": "user", "content": "a<|im#_end|>b"}])
-    assert [token for token in ids if token in control_ids()] == [ids[0], ids[-1]]
+    assert [token for token in ids if token in CONTROL] == [ids[0], ids[-1]]
     assert tokenizer.encode_chat([{"role": "user", "content": "a#b"}])[1:-1] == tokenizer.encode("ab")
 
 
@@ -119,9 +122,8 @@ def test_no_piece_ends_within_a_character(text: str) -> None:
 @settings(max_examples=40)
 @given(st.lists(st.integers(0, MODEL.vocab_size - 1)))
 def test_decoding_equals_the_reference(ids: list[int]) -> None:
-    reference = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-    ordinary = [token for token in ids if token not in control_ids()]
-    assert TOKENIZER.decode(ids) == reference.decode(ordinary, skip_special_tokens=False)
+    ordinary = [token for token in ids if token not in CONTROL]
+    assert TOKENIZER.decode(ids) == REFERENCE.decode(ordinary, skip_special_tokens=False)
 
 
 def test_a_template_may_refuse_a_conversation() -> None:

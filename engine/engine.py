@@ -35,8 +35,14 @@ class Engine:
         self.executor = executor
         self.model_config = model
         self.block_length = default_block_length(config, model)
-        self.max_model_len = max_model_len(config, model)
         self.slack = slack(self.block_length, config.quadratic_block_length)
+        self.max_model_len = min(
+            max_model_len(config, model), config.kv_tokens - self.slack - config.page_size
+        )
+        if self.max_model_len < 2:
+            raise ValueError(
+                f"kv_tokens must be above {self.slack + config.page_size + 2}, to hold any request"
+            )
         if config.max_batch_tokens * 3 // 4 < self.slack:
             raise ValueError(
                 f"max_batch_tokens must be at least {-(-self.slack * 4 // 3)}, to hold any segment"
@@ -66,12 +72,15 @@ class Engine:
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
 
-    def abort(self, request_id: str) -> None:
-        """Forgets a request and frees its pages at once; unknown ids are ignored, since it may just have ended."""
+    def abort(self, request_id: str) -> Delta | None:
+        """Forgets a request and frees its pages at once. Returns its last delta; None for an id that is not known,
+        since it may just have ended."""
         sequence = self.sequences.pop(request_id, None)
-        if sequence is not None:
-            sequence.finish_reason = "abort"
-            self.scheduler.drop(sequence)
+        if sequence is None:
+            return None
+        sequence.finish_reason = "abort"
+        self.scheduler.drop(sequence)
+        return Delta((), "abort", sequence.stats())
 
     def switch(self, request_id: str, mode: ModeChoice) -> None:
         """Lets a running request continue in another mode from its next seam on."""
@@ -117,7 +126,6 @@ class Engine:
     def _check(self, request: Request) -> None:
         sampling, vocab_size = request.sampling, self.model_config.vocab_size
         length = len(request.prompt) + sampling.max_tokens
-        pages = self.scheduler.pool.missing(0, length + self.slack)
         ids = (*request.prompt, *request.generated)
         if request.id in self.sequences:
             raise ValueError(f"id: {request.id!r} is being served already")
@@ -134,8 +142,6 @@ class Engine:
                 f"max_tokens: {len(request.prompt)} prompt tokens and {sampling.max_tokens} more exceed the context of "
                 f"{self.max_model_len}"
             )
-        if pages > self.scheduler.pool.total:
-            raise ValueError(f"max_tokens: {length} tokens exceed the KV memory of {self.config.kv_tokens}")
         block_length = request.diffusion.block_length
         if block_length and (block_length not in BLOCK_LENGTHS or block_length > self.block_length):
             allowed = [block for block in BLOCK_LENGTHS if block <= self.block_length]

@@ -13,14 +13,10 @@ import torch
 from engine.config import EngineConfig, ModeChoice
 from engine.engine import Engine, EngineStatus
 from engine.executor import LocalExecutor
-from engine.request import Delta, Request
+from engine.request import Delta, EngineError, Request
 from engine.runner import load_model
 
 logger = logging.getLogger(__name__)
-
-
-class EngineError(RuntimeError):
-    """The engine has died; nothing more comes from it."""
 
 
 class _Stream:
@@ -67,21 +63,22 @@ class EngineLoop:
         """
         stream = _Stream()
         self._commands.put(lambda: self._add(request, stream))
+        ended = False
         try:
-            while True:
+            while not ended:
                 delta = await stream.deltas.get()
+                ended = delta.finish_reason is not None
                 if delta.finish_reason == "refused":
                     raise ValueError(delta.error)
                 if delta.finish_reason == "error":
                     raise EngineError(delta.error)
                 yield delta
-                if delta.finish_reason is not None:
-                    return
         finally:
-            self.abort(request.id)
+            if not ended:
+                self.abort(request.id)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request and frees what it holds; ignored if it has ended."""
+        """Ends a request, whose stream then says so, and frees what it holds; ignored if it has ended."""
         self._commands.put(lambda: self._abort(request_id))
 
     def switch(self, request_id: str, mode: ModeChoice) -> None:
@@ -108,8 +105,9 @@ class EngineLoop:
             self._streams[request.id] = stream
 
     def _abort(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
-        self.engine.abort(request_id)
+        delta = self.engine.abort(request_id)
+        if delta is not None:
+            self._deliver(request_id, delta)
 
     def _switch(self, request_id: str, mode: ModeChoice) -> None:
         if request_id in self.engine.sequences:

@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from engine.config import DiffusionParams, ModeChoice, SamplingParams
 
 
+class EngineError(RuntimeError):
+    """The engine has died; nothing more comes from it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slo:
     """A tier's promise, as the engine sees it. Times in seconds; `lossless` forbids diffusion."""
@@ -44,9 +48,10 @@ class DecodeStats:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens of one request. `finish_reason` and `stats` come with the last one; `error` says why it failed."""
+    """New tokens of one request. `finish_reason` comes with the last one: "stop", "length", "abort", with `stats`;
+    or "refused" or "error", with `error` saying why."""
 
     token_ids: tuple[int, ...]
-    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
+    finish_reason: str | None = None
     stats: DecodeStats | None = None
     error: str | None = None

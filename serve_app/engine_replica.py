@@ -8,7 +8,7 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 from engine.config import DiffusionParams, EngineConfig, SamplingParams
-from engine.request import Delta, Request, Slo
+from engine.request import Delta, EngineError, Request, Slo
 
 # Token ids, finish reason, decode statistics, error. Besides the engine's finish reasons there is "refused", whose
 # error starts with the parameter at fault.
@@ -37,7 +37,7 @@ class EngineReplica:
                     yield list(delta.token_ids), delta.finish_reason, stats, delta.error
             except ValueError as error:
                 yield [], "refused", None, str(error)
-            except RuntimeError as error:
+            except EngineError as error:
                 yield [], "error", None, str(error)
 
     async def abort(self, request_id: str) -> None:

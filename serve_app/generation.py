@@ -76,19 +76,23 @@ class Generation:
         return event
 
     async def _follow(self, choice: int, answer: Answer) -> None:
-        ended = False
+        ended, cut, text = False, False, ""
         try:
             async with aclosing(self._engine.stream(answer.request, self._interval)) as chunks:
                 async for token_ids, finish_reason, stats, error in chunks:
                     ended = finish_reason is not None
-                    if finish_reason not in (None, "stop", "length"):
-                        raise _failure(finish_reason, error)
                     if stats is not None:
                         answer.stats = DecodeStats(**stats)
-                    text = answer.push(token_ids, finish_reason)
-                    if text or answer.finish_reason:
+                    if not cut:
+                        if finish_reason not in (None, "stop", "length"):
+                            raise _failure(finish_reason, error)
+                        text = answer.push(token_ids, finish_reason)
+                        if answer.finish_reason and not ended:
+                            cut = True  # by a stop string; the statistics come with the engine's end
+                            self._engine.abort(answer.request.id)
+                    if ended or (text and not cut):
                         self._events.put_nowait(Event(choice, text, answer.finish_reason))
-                    if answer.finish_reason:
+                    if ended:
                         return
         except ApiError as failure:
             self._events.put_nowait(failure)

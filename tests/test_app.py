@@ -1,6 +1,7 @@
 """The served application over HTTP: the real command, Ray Serve, the engine and the tiny checkpoint."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -175,6 +176,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(http: httpx.Client, mode
     cut = chat(http, **fields, stop=["never there", stop])
     assert text_of(cut) == whole[: whole.index(stop)]
     assert cut["choices"][0]["finish_reason"] == "stop"
+    assert cut["usage"]["decode"]["mode"] == [mode] and cut["usage"]["decode"]["forward_passes"] > 0
     assert (
         cut["usage"]["completion_tokens"]
         == chat(http, **{**fields, "mode": "ar"}, stop=stop)["usage"]["completion_tokens"]
@@ -552,21 +554,27 @@ def test_a_request_survives_packing() -> None:
 
 
 class ScriptedEngine(EngineClient):
-    """Plays chunks with pauses (seconds) instead of asking an engine; notes what is aborted."""
+    """Plays chunks with pauses (seconds) instead of asking an engine; an abort in a pause ends it."""
 
     def __init__(self, script: list[Chunk | float]) -> None:
         self.script = script
         self.aborted: list[str] = []
+        self.abortion = asyncio.Event()
 
     async def stream(self, request: Request, interval: float) -> AsyncGenerator[Chunk, None]:
         for item in self.script:
             if isinstance(item, float):
-                await asyncio.sleep(item)
-            else:
-                yield item
+                try:
+                    await asyncio.wait_for(self.abortion.wait(), item)
+                except TimeoutError:
+                    continue
+                yield [], "abort", dataclasses.asdict(DecodeStats(("ar",), 3, 3)), None
+                return
+            yield item
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
+        self.abortion.set()
 
 
 def generation(script: list[Chunk | float], stops: tuple[str, ...] = ()) -> tuple[Generation, ScriptedEngine]:
@@ -599,9 +607,11 @@ async def test_a_failure_within_a_stream_is_an_error_event() -> None:
 
 async def test_a_stop_string_aborts_what_still_runs() -> None:
     run, engine = generation([(TOKENIZER.encode("one two three"), None, None, None), 60.0], stops=("two",))
-    assert [event.text async for event in run.events(None) if event] == ["one "]
-    await asyncio.sleep(0)
+    assert [(event.text, event.finish_reason) async for event in run.events(None) if event] == [
+        ("one ", "stop")
+    ]
     assert engine.aborted == ["r"]
+    assert run.usage(1)["decode"]["mode"] == ["ar"] and run.usage(1)["decode"]["forward_passes"] == 3
 
 
 @settings(max_examples=60)

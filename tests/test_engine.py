@@ -60,8 +60,9 @@ def test_an_abort_frees_everything_at_once_and_disturbs_nobody(
     answer: list[int] = []
     for _ in range(after):
         answer += [t for name, delta in engine.step().items() if name == "kept" for t in delta.token_ids]
-    engine.abort("gone")
-    engine.abort("gone")
+    last = engine.abort("gone")
+    assert last is not None and last.finish_reason == "abort" and last.stats is not None
+    assert engine.abort("gone") is None
     engine.scheduler.pool.check([s.pages for s in engine.scheduler.running])
     assert all(s.request.id == "kept" for s in [*engine.scheduler.running, *engine.scheduler.waiting])
     for report in run(engine):
@@ -134,13 +135,19 @@ def test_what_can_never_be_served_is_refused_by_name(change: dict[str, object], 
 
 def test_a_request_larger_than_the_memory_is_refused_rather_than_kept_waiting() -> None:
     engine = toy_engine(kv_tokens=100)
-    with pytest.raises(ValueError, match="^max_tokens: .* KV memory"):
+    assert engine.max_model_len < 100
+    with pytest.raises(ValueError, match="^max_tokens: .* exceed the context"):
         engine.add(Request("a", (5,) * 20, GREEDY))
 
 
 def test_a_budget_that_no_segment_fits_is_refused_at_the_start() -> None:
     with pytest.raises(ValueError, match="max_batch_tokens must be at least"):
         toy_engine(max_batch_tokens=64)
+
+
+def test_a_memory_that_no_request_fits_is_refused_at_the_start() -> None:
+    with pytest.raises(ValueError, match="kv_tokens must be above"):
+        toy_engine(kv_tokens=72)
 
 
 def test_the_server_wide_default_mode_is_for_those_who_ask_for_none() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig, SamplingParams
-from engine.loop import EngineError, EngineLoop
-from engine.request import DecodeStats, Request
+from engine.loop import EngineLoop
+from engine.request import DecodeStats, EngineError, Request
 from fakes import TOY, write_checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)

@@ -67,27 +67,30 @@ def ragged_attention(q: Tensor, kv: Tensor, plan: list[SegmentAttention]) -> Ten
     values. Returns [T, heads * head_dim].
     """
     tokens, heads, head_dim = q.shape
-    kv_heads = kv.shape[2] // 2
+    kv_heads, page_size = kv.shape[2] // 2, kv.shape[1]
     groups = heads // kv_heads
-    out = q.new_empty(tokens, kv_heads, groups, head_dim)
     q = q.view(tokens, kv_heads, groups, head_dim)
+    by_head = kv.view(-1, 2 * kv_heads, head_dim).transpose(0, 1)[None]
+    every_k, every_v = by_head[:, :kv_heads], by_head[:, kv_heads:]  # [1, kv_heads, slots, head_dim]
+    parts: list[Tensor] = []
     for segment in plan:
-        stop = segment.start + segment.length
+        if isinstance(segment.pages, slice):
+            slots = slice(segment.pages.start * page_size, segment.pages.start * page_size + segment.keys)
+            k, v = every_k[:, :, slots], every_v[:, :, slots]
+        else:
+            held = kv.index_select(0, segment.pages).view(-1, 2 * kv_heads, head_dim)
+            gathered = held[: segment.keys].transpose(0, 1)[None]
+            k, v = gathered[:, :kv_heads], gathered[:, kv_heads:]
         # the query heads of one KV head become rows that share its keys: [1, kv_heads, groups * length, head_dim]
-        query = (
-            q[segment.start : stop]
-            .permute(1, 2, 0, 3)
-            .reshape(1, kv_heads, groups * segment.length, head_dim)
-        )
-        held = kv[segment.pages] if isinstance(segment.pages, slice) else kv.index_select(0, segment.pages)
-        cached = held.view(-1, 2 * kv_heads, head_dim)[: segment.keys].transpose(0, 1)[None]
-        result = F.scaled_dot_product_attention(
-            query, cached[:, :kv_heads], cached[:, kv_heads:], segment.bias
-        )
-        out[segment.start : stop] = result.view(kv_heads, groups, segment.length, head_dim).permute(
-            2, 0, 1, 3
-        )
-    return out.view(tokens, heads * head_dim)
+        query = q[segment.start : segment.start + segment.length]
+        if segment.length == 1:
+            parts.append(F.scaled_dot_product_attention(query, k, v).view(1, -1))
+            continue
+        query = query.permute(1, 2, 0, 3).reshape(1, kv_heads, groups * segment.length, head_dim)
+        result = F.scaled_dot_product_attention(query, k, v, segment.bias)
+        result = result.view(kv_heads, groups, segment.length, head_dim).permute(2, 0, 1, 3)
+        parts.append(result.reshape(segment.length, -1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _consecutive(pages: Tensor) -> Tensor | slice:

@@ -95,7 +95,7 @@ class Layer:
         q = rope_and_store(qkv, rope.cos, rope.sin, rope.scale, kv, batch.slots, config.num_heads)
         attended = ragged_attention(q, kv, attention)
         x = F.linear(attended, self.o)
-        if batch.lora is not None and self.lora_a is not None and self.lora_b is not None:
-            x = gated_lora_add(x, attended, self.lora_a, self.lora_b, batch.lora)
+        if batch.layout.lora is not None and self.lora_a is not None and self.lora_b is not None:
+            x = gated_lora_add(x, attended, self.lora_a, self.lora_b, batch.layout.lora)
         x, residual = add_rms_norm(x, residual, self.post_norm, config.rms_norm_eps)
         return F.linear(silu_mul(F.linear(x, self.gate_up)), self.down), residual

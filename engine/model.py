@@ -34,7 +34,7 @@ class Model:
         rope = self.rope.at(batch.positions)
         groups = config.num_heads // config.num_kv_heads
         attention = plan_attention(
-            batch.lengths,
+            batch.layout.lengths,
             batch.context,
             batch.upto,
             batch.lo,

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from engine.batch import Batch
-from engine.segment import Pattern, Settle
+from engine.batch import Batch, Part
+from engine.segment import Settle
 from engine.state import Tables
-from engine.step import BLOCK, COMMITS, PATTERN, STEPS, Step
+from engine.step import Step
 from kernels.commit import commit
 from kernels.verify import accepted
 from kernels.vocabulary import choose, confidence
@@ -46,13 +47,11 @@ class Settler:
             Settle.DENOISE: self._denoise,
             Settle.VERIFY: self._verify,
         }
-        outputs = [operations[settle](part) for settle, part in self.batch.kinds.items()]
+        outputs = [operations[settle](part) for settle, part in self.batch.layout.parts.items()]
         if len(outputs) == 1:
             return outputs[0]
         width = max(output.tokens.shape[1] for output in outputs)
-        padded = [
-            torch.nn.functional.pad(output.tokens, (0, width - output.tokens.shape[1])) for output in outputs
-        ]
+        padded = [F.pad(output.tokens, (0, width - output.tokens.shape[1])) for output in outputs]
         return StepOutput(torch.cat([output.count for output in outputs]), torch.cat(padded))
 
     def _choose(self, logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
@@ -71,30 +70,27 @@ class Settler:
             self.step.filtered,
         )
 
-    def _keep(self, part: slice) -> StepOutput:
-        row, block = self.batch.row[part], self.batch.block[part]
-        self.tables.cached.index_add_(0, row, block)
-        return StepOutput(torch.zeros_like(row), row.new_empty(len(row), 0))
+    def _keep(self, part: Part) -> StepOutput:
+        self.tables.cached.index_add_(0, part.row, part.block)
+        return _nothing(part)
 
-    def _sample(self, part: slice) -> StepOutput:
-        row, block = self.batch.row[part], self.batch.block[part]
-        position = self.batch.context[part] + block
-        logits = self.head(self.hidden[self.batch.first[part] + block - 1])
-        token = self._choose(logits, row, position)
-        self.tables.tokens[row, position] = token
-        self.tables.cached[row] = position
-        return StepOutput(torch.ones_like(row), token[:, None])
+    def _sample(self, part: Part) -> StepOutput:
+        position = self.batch.context[part.span] + part.block
+        logits = self.head(self.hidden[part.first + part.block - 1])
+        token = self._choose(logits, part.row, position)
+        self.tables.tokens[part.row, position] = token
+        self.tables.cached[part.row] = position
+        return StepOutput(torch.ones_like(token), token[:, None])
 
-    def _denoise(self, part: slice) -> StepOutput:
-        if not self.step.segments[part, COMMITS].any():
-            return self._draft(part)
-        batch, tables = self.batch, self.tables
-        row, block, context, open_ = (
-            t[part] for t in (batch.row, batch.block, batch.context, batch.bidirectional)
-        )
-        column = torch.arange(self._width(part), device=row.device)
-        inside = column < block[:, None]  # [S, W]
-        query = batch.first[part, None] + column.minimum(block[:, None] - 1)
+    def _denoise(self, part: Part) -> StepOutput:
+        row, block, tables = part.row, part.block, self.tables
+        context, open_ = self.batch.context[part.span], self.batch.open[part.span]
+        if not part.commits:  # canvases of masks, to be filled in one pass and then verified
+            self._fill(row, block, part.first, context, part.width)
+            return _nothing(part)
+        column = torch.arange(part.width, device=row.device)
+        inside = column < block[:, None]  # [P, W]
+        query = part.first[:, None] + column.minimum(block[:, None] - 1)
         slot = context[:, None] + column
         canvas = tables.tokens[row[:, None], slot].masked_fill(~inside, -1)
         # bidirectional logits predict their own token, causal ones the next
@@ -110,11 +106,9 @@ class Settler:
         sure = torch.zeros_like(canvas, dtype=logits.dtype)
         sure.view(-1)[index] = confidence(logits, token)
         left = (canvas == tables.mask_id).sum(1)
-        steps = batch.segments[part, STEPS]
-        passes_left = (steps - tables.passes[row]).clamp(min=1)
-        quota = torch.where(steps > 0, -(-left // passes_left), 1)
-        threshold = batch.thresholds[part].to(sure.dtype)
-        after = commit(canvas, drawn, sure, threshold, quota, tables.mask_id)
+        passes_left = (part.steps - tables.passes[row]).clamp(min=1)
+        quota = torch.where(part.steps > 0, -(-left // passes_left), 1)
+        after = commit(canvas, drawn, sure, part.threshold.to(sure.dtype), quota, tables.mask_id)
         seed = drawn.gather(1, block[:, None] - 1)
         # an open canvas stays where it is; a finished one is committed, and its causal pass gave the next seed token
         new_tokens = torch.cat((after[:, 1:], torch.zeros_like(seed)), 1).scatter(1, block[:, None] - 1, seed)
@@ -125,38 +119,28 @@ class Settler:
         tables.passes[row] = torch.where(open_, tables.passes[row] + 1, 0)
         return StepOutput(torch.where(open_, 0, block), new_tokens)
 
-    def _draft(self, part: slice) -> StepOutput:
-        """Denoising that is not to commit anything: canvases of masks, filled in one pass for a verification."""
-        row = self.batch.row[part]
-        self._fill(
-            row, self.batch.block[part], self.batch.first[part], self.batch.context[part], self._width(part)
-        )
-        return StepOutput(torch.zeros_like(row), row.new_empty(len(row), 0))
-
-    def _verify(self, part: slice) -> StepOutput:
-        batch, tables = self.batch, self.tables
-        row, block, context = batch.row[part], batch.block[part], batch.context[part]
-        column = torch.arange(self._width(part), device=row.device)
-        query = batch.first[part, None] + column.minimum(block[:, None] - 1)
+    def _verify(self, part: Part) -> StepOutput:
+        row, tables = part.row, self.tables
+        context = self.batch.context[part.span]
+        column = torch.arange(part.width, device=row.device)
+        query = part.first[:, None] + column.minimum(part.block[:, None] - 1)
         target = (context + 1)[:, None] + column  # row j of a block decides what stands at context + 1 + j
         said = self._logits_to_tokens(query, row, target)
         # behind a block there are masks, which nobody says: acceptance ends there by itself
         count = accepted(tables.tokens[row[:, None], target], said) + 1
         tables.tokens[row[:, None], target] = torch.where(column < count[:, None], said, tables.mask_id)
-        tables.cached[row] = context + count
-        quadratic = self.step.segments[part, PATTERN] == Pattern.QUADRATIC
-        if quadratic.any():
+        end = context + count
+        tables.cached[row] = end
+        if part.quadratic is not None:
             # the mask group anchored after the accepted drafts holds the next ones, and its first mask the seed token
-            chosen = torch.from_numpy(quadratic).to(row.device)
-            group = batch.first[part] + block * count
-            self._fill(
-                row[chosen], block[chosen], group[chosen], (context + count)[chosen], self._width(part)
-            )
+            group = part.first + part.block * count
+            chosen = part.quadratic
+            self._fill(row[chosen], part.block[chosen], group[chosen], end[chosen], part.width)
         return StepOutput(count, said)
 
     def _fill(self, row: Tensor, block: Tensor, first: Tensor, context: Tensor, width: int) -> None:
-        """Draws drafts for the positions after context [S], up to block [S] - 1 of them, from the bidirectional query
-        rows after first [S]."""
+        """Draws drafts for the positions after context [P], up to block [P] - 1 of them, from the bidirectional query
+        rows after first [P]."""
         column = torch.arange(1, width, device=row.device).minimum(block[:, None] - 1)
         target = (
             context[:, None] + column
@@ -166,10 +150,12 @@ class Settler:
         )
 
     def _logits_to_tokens(self, query: Tensor, row: Tensor, position: Tensor) -> Tensor:
-        """query: [S, W] query tokens whose logits say what stands at position [S, W] of table rows [S]."""
+        """query: [P, W] query tokens whose logits say what stands at position [P, W] of table rows [P]."""
         logits = self.head(self.hidden[query.flatten()])
         owner = row.repeat_interleave(query.shape[1])
         return self._choose(logits, owner, position.flatten()).view_as(query)
 
-    def _width(self, part: slice) -> int:
-        return int(self.step.segments[part, BLOCK].max())
+
+def _nothing(part: Part) -> StepOutput:
+    """No token of any of the part's segments."""
+    return StepOutput(torch.zeros_like(part.row), part.row.new_empty(len(part.row), 0))

@@ -1,6 +1,7 @@
 """The device tables: one row per running sequence, read and written by every step without the host."""
 
 import torch
+from torch import Tensor
 
 from engine.step import (
     MIN_P,
@@ -41,6 +42,13 @@ class Tables:
         if len(step.grants):
             row, column, page = torch.from_numpy(step.grants).to(self.cached.device).unbind(1)
             self.pages[row, column] = page
+
+    def void_canvases(self, row: Tensor) -> None:
+        """Turns what stands after the seed tokens of the rows [R] back into masks."""
+        column = torch.arange(self.tokens.shape[1], device=row.device)
+        stale = column > self.cached[row, None]
+        self.tokens[row] = self.tokens[row].masked_fill(stale, self.mask_id)
+        self.passes[row] = 0
 
     def _start(self, step: Step) -> None:
         device = self.cached.device

@@ -11,6 +11,7 @@ from engine.sequence import Sequence
 
 # columns of Step.segments
 ROW, LENGTH, BLOCK, PATTERN, SETTLE, COMMITS, STEPS, LORA, RESTART = range(9)
+COLUMNS = 9
 # columns of Step.rows and Step.sampling
 ROW_ID, ROW_TOKENS, ROW_SEED, ROW_TOP_K = range(4)
 TEMPERATURE, TOP_P, MIN_P = range(3)
@@ -56,7 +57,7 @@ def pack(segments: Seq[Segment], started: Seq[Sequence], granted: Seq[tuple[int,
                 for s in segments
             ],
             dtype=np.int64,
-        ).reshape(-1, 9),
+        ).reshape(-1, COLUMNS),
         thresholds=np.array([s.threshold for s in segments], dtype=np.float64),
         grants=np.array(granted, dtype=np.int64).reshape(-1, 3),
         rows=np.array(

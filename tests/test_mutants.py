@@ -40,7 +40,7 @@ def wrong_group(batch: Batch) -> Batch:
 def shifted_positions(batch: Batch) -> Batch:
     """Every segment longer than a token stands one position late."""
     late = torch.repeat_interleave(
-        torch.tensor([int(n > 1) for n in batch.lengths]), torch.tensor(batch.lengths)
+        torch.tensor([int(n > 1) for n in batch.layout.lengths]), torch.tensor(batch.layout.lengths)
     )
     return replace(batch, positions=batch.positions + late)
 

@@ -24,7 +24,8 @@ from engine.tiny.tasks import draw_task, evaluation_tasks
 
 BATCH_TOKENS = 1024
 AR_SHARE, ADAPTER_SHARE, DECAY_SHARE = 0.1, 0.1, 0.5
-MUON_RATE, ADAM_RATE, ADAPTER_RATE = 0.0035, 0.003, 0.002
+MUON_RATE, ADAM_RATE, ADAPTER_RATE = 0.0035, 0.003, 0.001
+REACHED_FLOOR = 0.1  # of a drafted token's weight
 ECHO_SHARE = 0.8  # of the first stage: copying is learned soonest where there is nothing else to learn
 REPORT_EVERY, CHECK_EVERY, CHECK_TASKS = 100, 1000, 66
 
@@ -51,13 +52,23 @@ def joint_loss(net: Network, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def draft_loss(net: Network, adapter: Adapter, batch: Batch) -> Tensor:
-    """Cross entropy of single-pass drafts, plus their divergence from what the verifier would say there."""
+    """Cross entropy of single-pass drafts, plus their divergence from what the verifier would say there.
+
+    A drafted token counts as much as it is likely to be reached: by the chance that all before it are accepted.
+    """
     hidden = net.hidden(batch.tokens, batch.positions, batch.visible, adapter, batch.drafting).flatten(0, 1)
     drafts = F.log_softmax(net.diffusion_head(hidden[batch.noisy_at]).float(), -1)
-    inside = batch.noisy_reference >= 0
+    wrong = F.nll_loss(drafts, batch.noisy_targets, reduction="none")
     with torch.no_grad():
-        verifier = F.softmax(net.diffusion_head(hidden[batch.noisy_reference[inside]]).float(), -1)
-    return F.nll_loss(drafts, batch.noisy_targets) + F.kl_div(drafts[inside], verifier, reduction="batchmean")
+        inside = batch.noisy_reference >= 0
+        verifier = F.softmax(net.diffusion_head(hidden[batch.noisy_reference.clamp(min=0)]).float(), -1)
+        # Masked tokens lie in order, a block's in a run: the running sum since the block's start is what comes before.
+        total = wrong.cumsum(0) - wrong
+        starts = torch.ones(len(wrong), dtype=torch.bool)
+        starts[1:] = batch.noisy_at.diff() != 1
+        reached = torch.exp(total[starts][starts.cumsum(0) - 1] - total) + REACHED_FLOOR
+    apart = F.kl_div(drafts, verifier, reduction="none").sum(-1) * inside
+    return ((wrong + apart) * reached).sum() / reached.sum()
 
 
 @torch.no_grad()
@@ -181,6 +192,7 @@ def main() -> None:
     net.bfloat16()
     adapter_steps = int(options.steps * ADAPTER_SHARE)
     train_base(net, tokenizer, options.steps - adapter_steps, rows, options.out)
+    torch.manual_seed(options.seed)
     adapter = Adapter(geometry, checkpoint.RANK, checkpoint.ALPHA)
     train_adapter(net, adapter, tokenizer, adapter_steps, rows)
     checkpoint.save_adapter(options.out, adapter)

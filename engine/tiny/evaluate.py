@@ -113,7 +113,7 @@ def evaluate(folder: Path, tokenizer: Tokenizer, tasks: list[Task], mode: Mode) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--prompts", type=int, default=440)
     parser.add_argument("--checkpoint", type=Path, default=checkpoint.FOLDER)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

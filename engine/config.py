@@ -89,7 +89,7 @@ class ModelConfig:
                 if raw[key] != wanted:
                     raise CheckpointError(f"{path}: {key} must be {wanted!r}, not {raw[key]!r}")
             eos = raw["eos_token_id"]
-            return ModelConfig(
+            config = ModelConfig(
                 vocab_size=int(raw["vocab_size"]),
                 hidden_size=int(raw["hidden_size"]),
                 intermediate_size=int(raw["intermediate_size"]),
@@ -105,8 +105,15 @@ class ModelConfig:
                 eos_ids=tuple(int(i) for i in eos) if isinstance(eos, list) else (int(eos),),
                 rope=RopeConfig.from_dict(raw["rope_parameters"]),
             )
+            if config.num_heads % config.num_kv_heads or not 0 <= config.mask_id < config.vocab_size:
+                raise CheckpointError(f"{path}: the head counts or the mask id do not fit the geometry")
+            return config
         except KeyError as error:
             raise CheckpointError(f"{path}: key {error} is missing") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path}: a value is of the wrong type: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +159,34 @@ class EngineConfig:
     lag: Literal[0, 1] = 0  # steps by which the host reads results late
     default_mode: ModeChoice = "auto"
     diffusion: DiffusionParams = field(default_factory=DiffusionParams)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What follows from an engine's settings and its model's geometry, in tokens."""
+
+    block_length: int  # where nobody asks for another
+    segment_tokens: int  # of the longest segment of any mode
+    slack: int  # behind prompt and answer, what segments may write
+    max_model_len: int  # prompt and answer together
+
+    @staticmethod
+    def of(config: EngineConfig, model: ModelConfig) -> "Sizes":
+        """Raises ValueError for settings under which no request could run."""
+        block_length, quadratic = config.block_length or model.block_length, config.quadratic_block_length
+        segment_tokens = max(block_length, quadratic * (quadratic + 1))
+        # a host that lags plans from a context that a whole block may since have been added to
+        slack = segment_tokens + 1 + config.lag * max(block_length, quadratic)
+        longest = min(config.max_model_len or model.max_position, model.max_position)
+        max_model_len = min(longest, config.kv_tokens - slack - config.page_size)
+        if quadratic < 2:
+            raise ValueError(f"quadratic_block_length must be at least 2, not {quadratic}")
+        if config.diffusion.block_length > block_length:
+            raise ValueError(f"diffusion.block_length must be at most block_length, {block_length}")
+        if max_model_len < 2:
+            raise ValueError(f"kv_tokens must be above {slack + config.page_size + 2}, to hold any request")
+        if config.max_batch_tokens * 3 // 4 < segment_tokens:
+            raise ValueError(
+                f"max_batch_tokens must be at least {-(-segment_tokens * 4 // 3)}, to hold any segment"
+            )
+        return Sizes(block_length, segment_tokens, slack, max_model_len)

@@ -2,16 +2,18 @@
 
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from engine.config import BLOCK_LENGTHS, MODES, EngineConfig, ModeChoice
-from engine.executor import Executor
+from engine.config import BLOCK_LENGTHS, MODES, EngineConfig, ModeChoice, Sizes
 from engine.request import Delta, Request
-from engine.runner import default_block_length, max_model_len
 from engine.scheduler import Scheduler
 from engine.segment import Segment, Settled
 from engine.sequence import Sequence
-from engine.settle import StepOutput
-from engine.step import pack, slack
+from engine.step import pack
+
+if TYPE_CHECKING:  # whoever only plans, as a simulator does, needs no torch
+    from engine.executor import Executor
+    from engine.settle import StepOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +31,14 @@ class EngineStatus:
 class Engine:
     """Owns the sequences. One thread calls it."""
 
-    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+    def __init__(self, config: EngineConfig, executor: "Executor") -> None:
         model = executor.model_config
         self.config = replace(config, draft_lora=config.draft_lora and executor.has_adapter)
         self.executor = executor
         self.model_config = model
-        self.block_length = default_block_length(config, model)
-        self.slack = slack(self.block_length, config.quadratic_block_length)
-        self.max_model_len = min(
-            max_model_len(config, model), config.kv_tokens - self.slack - config.page_size
-        )
-        if self.max_model_len < 2:
-            raise ValueError(
-                f"kv_tokens must be above {self.slack + config.page_size + 2}, to hold any request"
-            )
-        if config.max_batch_tokens * 3 // 4 < self.slack:
-            raise ValueError(
-                f"max_batch_tokens must be at least {-(-self.slack * 4 // 3)}, to hold any segment"
-            )
-        self.scheduler = Scheduler(self.config, self.block_length)
+        self.sizes = Sizes.of(config, model)
+        self.max_model_len = self.sizes.max_model_len
+        self.scheduler = Scheduler(self.config, self.sizes.block_length)
         self.sequences: dict[str, Sequence] = {}
         self.steps = 0
         self._in_flight: deque[tuple[list[Segment], StepOutput]] = deque()
@@ -65,10 +56,9 @@ class Engine:
     def add(self, request: Request) -> None:
         """Accepts a request. Raises ValueError with the parameter's name first if it can never be served."""
         self._check(request)
-        sequence = Sequence(request, self.model_config.eos_ids, self._arrivals)
+        choice = request.mode or self.config.default_mode
+        sequence = Sequence(request, choice, self.model_config.eos_ids, self._arrivals)
         self._arrivals += 1
-        if sequence.choice == "auto" and self.config.default_mode != "auto":
-            sequence.choice = self.config.default_mode
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
 
@@ -83,7 +73,8 @@ class Engine:
         return Delta((), "abort", sequence.stats())
 
     def switch(self, request_id: str, mode: ModeChoice) -> None:
-        """Lets a running request continue in another mode from its next seam on."""
+        """Lets a running request continue in another mode from its next seam on. Raises ValueError for no mode."""
+        self._check_mode(mode, self.sequences[request_id].request)
         self.sequences[request_id].choice = mode
 
     def step(self) -> dict[str, Delta]:
@@ -98,7 +89,7 @@ class Engine:
             return self._report(*self._in_flight.popleft())
         return {}
 
-    def _report(self, segments: list[Segment], output: StepOutput) -> dict[str, Delta]:
+    def _report(self, segments: list[Segment], output: "StepOutput") -> dict[str, Delta]:
         deltas: dict[str, Delta] = {}
         for segment, tokens in zip(segments, output.committed(), strict=True):
             sequence = segment.sequence
@@ -131,11 +122,13 @@ class Engine:
             raise ValueError(f"id: {request.id!r} is being served already")
         if not request.prompt:
             raise ValueError("prompt: is empty")
-        if request.mode != "auto" and request.mode not in MODES:
-            raise ValueError(f"mode: {request.mode!r} is not one of auto, {', '.join(MODES)}")
+        self._check_mode(request.mode or self.config.default_mode, request)
+        if not 0 <= sampling.seed < 2**63:
+            raise ValueError(f"seed: {sampling.seed} is not in 0..2**63 - 1")
         if min(ids) < 0 or max(ids) >= vocab_size or self.model_config.mask_id in ids:
             raise ValueError(f"prompt: token ids must lie in 0..{vocab_size - 1} and not be the mask token")
-        if sampling.max_tokens < 1 or len(request.generated) >= sampling.max_tokens:
+        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.model_config.eos_ids)}
+        if len(request.generated) >= sampling.max_tokens or not stops.isdisjoint(request.generated):
             raise ValueError("max_tokens: nothing is left to generate")
         if length > self.max_model_len:
             raise ValueError(
@@ -143,6 +136,12 @@ class Engine:
                 f"{self.max_model_len}"
             )
         block_length = request.diffusion.block_length
-        if block_length and (block_length not in BLOCK_LENGTHS or block_length > self.block_length):
-            allowed = [block for block in BLOCK_LENGTHS if block <= self.block_length]
+        if block_length and (block_length not in BLOCK_LENGTHS or block_length > self.sizes.block_length):
+            allowed = [block for block in BLOCK_LENGTHS if block <= self.sizes.block_length]
             raise ValueError(f"diffusion.block_length: {block_length} is not one of {allowed}")
+
+    def _check_mode(self, mode: ModeChoice, request: Request) -> None:
+        if mode not in ("auto", *MODES):
+            raise ValueError(f"mode: {mode!r} is not one of auto, {', '.join(MODES)}")
+        if mode == "diffusion" and request.slo.lossless:
+            raise ValueError("mode: diffusion is not lossless, which this request's tier demands")

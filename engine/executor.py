@@ -4,7 +4,7 @@ from typing import Protocol
 
 from engine.config import EngineConfig, ModelConfig
 from engine.model import Model
-from engine.runner import Runner, default_block_length, max_model_len
+from engine.runner import Runner
 from engine.settle import StepOutput
 from engine.step import Step
 
@@ -26,9 +26,7 @@ class LocalExecutor:
 
     def __init__(self, model: Model, config: EngineConfig) -> None:
         self.model_config, self.has_adapter = model.config, model.has_adapter
-        self.runner = Runner(
-            model, config, max_model_len(config, model.config), default_block_length(config, model.config)
-        )
+        self.runner = Runner(model, config)
 
     def run(self, step: Step) -> StepOutput:
         return self.runner.run(step)

@@ -105,12 +105,14 @@ class EngineLoop:
             self._streams[request.id] = stream
 
     def _abort(self, request_id: str) -> None:
+        if self._error is not None:
+            return
         delta = self.engine.abort(request_id)
         if delta is not None:
             self._deliver(request_id, delta)
 
     def _switch(self, request_id: str, mode: ModeChoice) -> None:
-        if request_id in self.engine.sequences:
+        if self._error is None and request_id in self.engine.sequences:
             self.engine.switch(request_id, mode)
 
     def _obey(self, wait: bool) -> bool:

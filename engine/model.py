@@ -7,7 +7,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.config import ModelConfig
 from engine.layers import Layer, rope_table
-from kernels.attention import plan_attention
+from kernels.attention import SegmentAttention, plan_attention
 from kernels.norm import add_rms_norm
 
 
@@ -27,27 +27,21 @@ class Model:
     def has_adapter(self) -> bool:
         return self.layers[0].lora_a is not None
 
-    def forward(self, batch: Batch, kv: Tensor) -> Tensor:
+    def plan(self, batch: Batch, page_size: int) -> list[SegmentAttention]:
+        """What the attention of every layer needs to know of a batch."""
+        lengths, groups = batch.layout.lengths, self.config.num_heads // self.config.num_kv_heads
+        return plan_attention(
+            lengths, batch.context, batch.upto, batch.lo, batch.hi, batch.pages, page_size, groups, self.dtype
+        )
+
+    def forward(self, batch: Batch, kv: Tensor, attention: list[SegmentAttention]) -> Tensor:
         """Runs all query tokens. kv: [layers, pages, page_size, 2 * kv_heads, head_dim], read and written.
         Returns the normalised hidden states, [T, hidden]."""
-        config = self.config
         rope = self.rope.at(batch.positions)
-        groups = config.num_heads // config.num_kv_heads
-        attention = plan_attention(
-            batch.layout.lengths,
-            batch.context,
-            batch.upto,
-            batch.lo,
-            batch.hi,
-            batch.pages,
-            kv.shape[2],
-            groups,
-            self.dtype,
-        )
         x, residual = self.embedding[batch.token_ids], None
         for layer, cache in zip(self.layers, kv, strict=True):
-            x, residual = layer.forward(x, residual, cache, rope, attention, batch, config)
-        return add_rms_norm(x, residual, self.norm, config.rms_norm_eps)[0]
+            x, residual = layer.forward(x, residual, cache, rope, attention, batch, self.config)
+        return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the given rows: [R, hidden] to [R, vocab], float32 at least, -inf for the mask token."""

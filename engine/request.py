@@ -16,7 +16,7 @@ class Slo:
     ttft: float = float("inf")
     tpot: float = float("inf")
     weight: float = 1.0
-    lossless: bool = True
+    lossless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    mode: ModeChoice = "auto"
+    mode: ModeChoice | None = None  # None: the engine's default
     diffusion: DiffusionParams = field(default_factory=DiffusionParams)
     generated: tuple[int, ...] = ()
     slo: Slo = field(default_factory=Slo)

@@ -7,22 +7,24 @@ import torch
 from torch import Tensor
 
 from engine.batch import expand
-from engine.config import CheckpointError, EngineConfig, ModelConfig
+from engine.config import CheckpointError, EngineConfig, ModelConfig, Sizes
 from engine.model import Model
 from engine.settle import Settler, StepOutput
 from engine.state import Tables
-from engine.step import Step, slack
+from engine.step import Step
 from engine.weights import load_weights
 
 
 class Runner:
-    """Runs packed steps. `forward_seconds` adds up the time inside the model's forward."""
+    """Runs packed steps. `forward_seconds` adds up the time inside the model's forward and head."""
 
-    def __init__(self, model: Model, config: EngineConfig, max_model_len: int, block_length: int) -> None:
+    def __init__(self, model: Model, config: EngineConfig) -> None:
         self.model, self.page_size = model, config.page_size
-        length = max_model_len + slack(block_length, config.quadratic_block_length)
+        sizes = Sizes.of(config, model.config)
+        length = sizes.max_model_len + sizes.slack
         columns = -(-length // config.page_size)
-        self.tables = Tables(config.max_running, length, columns, model.config.mask_id, model.device)
+        canvas = max(sizes.block_length, config.quadratic_block_length)
+        self.tables = Tables(config.max_running, length, columns, canvas, model.config.mask_id, model.device)
         geometry, pages = model.config, config.kv_tokens // config.page_size
         shape = (geometry.num_layers, pages, config.page_size, 2 * geometry.num_kv_heads, geometry.head_dim)
         self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
@@ -33,8 +35,9 @@ class Runner:
         """Executes a step; its output may still be on the device."""
         self.tables.update(step)
         batch = expand(step, self.tables, self.page_size, self.model.dtype)
+        attention = self.model.plan(batch, self.page_size)
         start = time.perf_counter()
-        hidden = self.model.forward(batch, self.kv)
+        hidden = self.model.forward(batch, self.kv, attention)
         self.forward_seconds += time.perf_counter() - start
         return Settler(step, batch, self.tables, hidden, self._head).run()
 
@@ -46,24 +49,12 @@ class Runner:
 
 
 def load_model(config: EngineConfig) -> Model:
-    """Loads the checkpoint that the configuration names. Raises CheckpointError."""
+    """Loads the checkpoint that the configuration names. Raises CheckpointError, and ValueError as `Sizes` does."""
     folder = Path(config.checkpoint)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     geometry = ModelConfig.from_json(folder / "config.json")
     dtype: torch.dtype = getattr(torch, config.dtype)
     weights = load_weights(folder, geometry, dtype, torch.device(config.device))
-    positions = max_model_len(config, geometry) + slack(
-        default_block_length(config, geometry), config.quadratic_block_length
-    )
-    return Model(geometry, weights, positions)
-
-
-def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    """Longest prompt and answer together, in tokens."""
-    return min(config.max_model_len or model.max_position, model.max_position)
-
-
-def default_block_length(config: EngineConfig, model: ModelConfig) -> int:
-    """Block length where nobody asks for another, in tokens."""
-    return config.block_length or model.block_length
+    sizes = Sizes.of(config, geometry)
+    return Model(geometry, weights, sizes.max_model_len + sizes.slack)

@@ -77,16 +77,23 @@ class Scheduler:
     def _start_waiting(self) -> None:
         while self.waiting and self._rows:
             sequence = self.waiting[0]
-            enough = self.pool.missing(0, len(sequence.tokens) + self.config.page_size)
-            spoken_for = sum(
-                self.pool.missing(len(s.pages), s.prefill_target) for s in self.running if not s.decoding
-            )
-            if sequence.in_flight or (self.running and enough + spoken_for > self.pool.free):
+            # a sequence that starts without room for its first segment beside the others' next would be preempted
+            if self.running and sum(map(self._wanting, [*self.running, sequence])) > self.pool.free:
                 return
             self.waiting.popleft()
             sequence.start(self._rows.pop())
             self.running.append(sequence)
             self.started.append(sequence)
+
+    def _wanting(self, sequence: Sequence) -> int:
+        """Pages that a sequence lacks for its prefill and the segment after it."""
+        mode = sequence.mode
+        if mode is None:
+            name, block_length = decide([sequence], False, self.config, self.block_length).modes[0]
+            mode = build_mode(name, block_length, sequence, self.config.draft_lora)
+        segment = mode.plan(sequence)
+        upto = max(len(sequence.tokens), sequence.max_context) + (segment.query_tokens if segment else 0)
+        return self.pool.missing(len(sequence.pages), upto)
 
     def _plan(self, sequence: Sequence) -> Segment | None:
         wanted = sequence.wanted
@@ -127,6 +134,7 @@ class Scheduler:
             sequence.prefilled += segment.block
         else:
             sequence.last, sequence.restart = segment, False
+        sequence.check()
 
     def _preempt(self, sequence: Sequence) -> None:
         """Gives up a sequence's pages; it is prefilled again later and its unfinished round drawn again."""
@@ -135,10 +143,8 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        row = sequence.row
-        self.granted = [grant for grant in self.granted if grant[0] != row]
         if sequence in self.started:
             self.started.remove(sequence)
         self.pool.release(sequence.pages)
-        self._rows.append(row)
+        self._rows.append(sequence.row)
         sequence.row, sequence.mode, sequence.wanted = -1, None, None

@@ -40,8 +40,8 @@ class Segment:
     """`block` tokens from the sequence's first uncached one; in a quadratic segment also their mask groups.
 
     `mode` planned it; prefill chunks are the scheduler's own and have none. `commits` is the most tokens that settling
-    can commit. `restart` voids first what stands after the seed token. `threshold` and `steps` belong to DENOISE;
-    `lora` says that the draft adapter is on.
+    can commit, `drafted` how many drafts it verifies. `restart` voids first what stands after the seed token.
+    `threshold` and `steps` belong to DENOISE; `lora` says that the draft adapter is on.
     """
 
     sequence: "Sequence"
@@ -50,6 +50,7 @@ class Segment:
     pattern: Pattern
     settle: Settle
     commits: int
+    drafted: int = 0
     restart: bool = False
     threshold: float = 0.0
     steps: int = 0

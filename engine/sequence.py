@@ -8,18 +8,18 @@ from engine.request import DecodeStats, Request
 
 if TYPE_CHECKING:
     from engine.modes import Mode
-    from engine.segment import Segment
+    from engine.segment import Segment, Settled
 
 
 class Sequence:
     """The host's view of a request inside the engine.
 
-    `tokens` holds prompt and committed answer. `prefilled` counts the prompt tokens whose causal KV has been asked
-    for. Segments that run on the device but have not been reported yet are counted by `in_flight`, and the most
-    tokens that they can commit by `uncertain`.
+    `tokens` holds prompt and committed answer. `prefilled` counts the tokens whose causal KV prefill has asked for, up
+    to `prefill_target`. Segments that run on the device but have not been reported yet are counted by `in_flight`, and
+    the most tokens that they can commit by `uncertain`. At all times 0 <= prefilled <= prefill_target <= len(tokens).
     """
 
-    def __init__(self, request: Request, eos_ids: Iterable[int], arrival: int) -> None:
+    def __init__(self, request: Request, choice: ModeChoice, eos_ids: Iterable[int], arrival: int) -> None:
         sampling = request.sampling
         self.request = request
         self.arrival = arrival
@@ -28,7 +28,7 @@ class Sequence:
         self.stop_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else frozenset(eos_ids)
         )
-        self.choice: ModeChoice = request.mode
+        self.choice = choice
         self.mode: Mode | None = None
         self.wanted: Mode | None = None  # takes over at the next seam
         self.last: Segment | None = None  # the segment planned last, since the last restart
@@ -65,10 +65,16 @@ class Sequence:
         self.prefill_target = max(self.num_prompt, len(self.tokens) - 1)
         self.last, self.restart, self.canvas_open = None, False, False
 
+    def check(self) -> None:
+        """Asserts the invariant."""
+        assert 0 <= self.prefilled <= self.prefill_target <= len(self.tokens)
+        assert self.in_flight >= 0 and self.uncertain >= 0 and (self.row >= 0 or not self.pages)
+
     def switch(self, mode: "Mode") -> None:
         """Hands the sequence, which stands at a seam, to another mode."""
+        # a row that has just been filled has nothing behind its seed token
+        self.last, self.restart, self.canvas_open = None, self.mode is not None, False
         self.mode, self.wanted = mode, None
-        self.last, self.restart, self.canvas_open = None, True, False
         if mode.name not in self.modes_used:
             self.modes_used.append(mode.name)
 
@@ -85,6 +91,13 @@ class Sequence:
             elif self.num_generated >= self.request.sampling.max_tokens:
                 self.finish_reason = "length"
         return new
+
+    def append_verified(self, settled: "Settled") -> list[int]:
+        """Commits what a verification let stand and counts its drafts."""
+        if settled.segment.drafted:
+            self.drafted += settled.segment.drafted
+            self.accepted += len(settled.tokens) - 1
+        return self.append(settled.tokens)
 
     def stats(self) -> DecodeStats:
         return DecodeStats(

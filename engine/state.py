@@ -23,8 +23,11 @@ class Tables:
     open canvas. pages: [rows, columns] KV page ids. The rest are sampling parameters, one per row.
     """
 
-    def __init__(self, rows: int, length: int, columns: int, mask_id: int, device: torch.device) -> None:
-        self.mask_id = mask_id
+    def __init__(
+        self, rows: int, length: int, columns: int, canvas: int, mask_id: int, device: torch.device
+    ) -> None:
+        """canvas: the longest block of any mode, its seed token included. columns: of the page table."""
+        self.mask_id, self.canvas = mask_id, canvas
         self.tokens = torch.full((rows, length), mask_id, device=device)
         self.cached = torch.zeros(rows, dtype=torch.int64, device=device)
         self.passes = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -45,9 +48,8 @@ class Tables:
 
     def void_canvases(self, row: Tensor) -> None:
         """Turns what stands after the seed tokens of the rows [R] back into masks."""
-        column = torch.arange(self.tokens.shape[1], device=row.device)
-        stale = column > self.cached[row, None]
-        self.tokens[row] = self.tokens[row].masked_fill(stale, self.mask_id)
+        behind = self.cached[row, None] + torch.arange(1, self.canvas, device=row.device)
+        self.tokens[row[:, None], behind] = self.mask_id
         self.passes[row] = 0
 
     def _start(self, step: Step) -> None:

@@ -72,8 +72,3 @@ def pack(segments: Seq[Segment], started: Seq[Sequence], granted: Seq[tuple[int,
         greedy=all(p.temperature == 0 for p in params),
         filtered=any(p.top_k or p.top_p < 1 or p.min_p for p in params),
     )
-
-
-def slack(block_length: int, quadratic_block_length: int) -> int:
-    """Slots beyond the last committed token that a segment may write."""
-    return max(block_length, quadratic_block_length * (quadratic_block_length + 1)) + 1

@@ -160,7 +160,7 @@ class ChatTemplate:
         escaped = [{"role": message["role"], "content": escape(message["content"])} for message in messages]
         try:
             return self._template.render(messages=escaped, add_generation_prompt=True, **self._variables)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a checkpoint's template may fail in any way that Python can
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
 

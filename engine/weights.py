@@ -55,7 +55,8 @@ def load_weights(
 
     Raises CheckpointError naming what is missing, unexpected or of another shape.
     """
-    weights = _read([folder / "model.safetensors"], expected_shapes(config), dtype, device)
+    files = sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]
+    weights = _read(files, expected_shapes(config), dtype, device)
     adapter = folder / ADAPTER
     if adapter.is_dir():
         rank, scale = _adapter_rank_and_scale(adapter / "adapter_config.json")
@@ -98,10 +99,11 @@ def _read(
 def _adapter_rank_and_scale(path: Path) -> tuple[int, float]:
     try:
         raw = json.loads(path.read_text())
-        rank, alpha, targets = int(raw["r"]), float(raw["lora_alpha"]), raw["target_modules"]
+        rank, targets = int(raw["r"]), raw["target_modules"]
+        scale = float(raw["lora_alpha"]) / rank
         plain = raw["peft_type"] == "LORA" and not raw.get("use_dora") and not raw.get("use_rslora")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: {error!r}") from error
     if targets != ["o_proj"] or not plain:
         raise CheckpointError(f"{path}: only plain LoRA on o_proj is supported, not {targets}")
-    return rank, alpha / rank
+    return rank, scale

@@ -44,8 +44,9 @@ def keep_filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     ranked = ranked.masked_fill(ranked < ranked.gather(-1, last[:, None]), float("-inf"))
     probability = ranked.softmax(-1)
     before = probability.cumsum(-1) - probability
-    keep = (before < top_p[:, None]) & (probability >= min_p[:, None] * probability[:, :1])
-    keep &= ranked.isfinite()  # rounding may leave `before` just under 1 behind the last token of top-k
+    # rounding puts `before` a little under or over what it should be, so that 1 must mean off
+    keep = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    keep &= (probability >= min_p[:, None] * probability[:, :1]) & ranked.isfinite()
     keep[:, 0] = True
     lowest = ranked.masked_fill(~keep, float("inf")).amin(-1, keepdim=True)
     return logits.masked_fill(logits < lowest, float("-inf"))
@@ -67,7 +68,8 @@ def choose(
     filtered: whether any row has a filter. Returns [R] int64.
     """
     greedy = temperature == 0
-    scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    # from the maximum down, so that no temperature, however small, overflows
+    scaled = (logits - logits.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)[:, None]
     if filtered:
         scaled = keep_filtered(scaled, top_k, top_p, min_p)
     noisy = scaled + gumbel_noise(seed, position, logits.shape[-1])

@@ -3,14 +3,17 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from engine.request import DecodeStats
 from serve_app.answer import Answer
 from serve_app.engine_client import EngineClient
+from serve_app.engine_replica import Chunk
 from serve_app.errors import ApiError
+
+STATISTICS_SECONDS = 1.0  # that an answer may wait for how it was decoded
 
 logger = logging.getLogger("ray.serve")  # whose handlers write to the replica's log
 
@@ -76,21 +79,20 @@ class Generation:
         return event
 
     async def _follow(self, choice: int, answer: Answer) -> None:
-        ended, cut, text = False, False, ""
+        ended = False
         try:
             async with aclosing(self._engine.stream(answer.request, self._interval)) as chunks:
                 async for token_ids, finish_reason, stats, error in chunks:
                     ended = finish_reason is not None
+                    if finish_reason not in (None, "stop", "length"):
+                        raise _failure(finish_reason, error)
                     if stats is not None:
                         answer.stats = DecodeStats(**stats)
-                    if not cut:
-                        if finish_reason not in (None, "stop", "length"):
-                            raise _failure(finish_reason, error)
-                        text = answer.push(token_ids, finish_reason)
-                        if answer.finish_reason and not ended:
-                            cut = True  # by a stop string; the statistics come with the engine's end
-                            self._engine.abort(answer.request.id)
-                    if ended or (text and not cut):
+                    text = answer.push(token_ids, finish_reason)
+                    if answer.finish_reason and not ended:  # a stop string
+                        await self._cut(answer, chunks)
+                        ended = True
+                    if text or ended:
                         self._events.put_nowait(Event(choice, text, answer.finish_reason))
                     if ended:
                         return
@@ -102,6 +104,17 @@ class Generation:
         finally:
             if not ended:
                 self._engine.abort(answer.request.id)
+
+    async def _cut(self, answer: Answer, chunks: AsyncIterator[Chunk]) -> None:
+        """Aborts a sequence whose answer is complete, and waits a moment for its statistics."""
+        self._engine.abort(answer.request.id)
+        with suppress(TimeoutError, ApiError):
+            async with asyncio.timeout(STATISTICS_SECONDS):
+                async for _, finish_reason, stats, _ in chunks:
+                    if stats is not None:
+                        answer.stats = DecodeStats(**stats)
+                    if finish_reason is not None:
+                        return
 
 
 def _failure(finish_reason: str | None, error: str | None) -> ApiError:

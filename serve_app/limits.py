@@ -33,7 +33,7 @@ CONFIG: dict[str, tuple[float, float]] = {
     "engine.max_running": (1, 4096),
     "engine.max_batch_tokens": (1, 2**20),
     "engine.max_model_len": (0, 2**24),
-    "engine.quadratic_block_length": (1, 32),
+    "engine.quadratic_block_length": (2, 32),
     "engine.ridge_tokens": (0, 2**20),
     "engine.diffusion.threshold": (0, 1),
     "engine.diffusion.steps": (0, DENOISE_STEPS),

@@ -152,7 +152,11 @@ class GenerationRequest(_Part):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def chosen_mode(self, default: ModeChoice) -> ModeChoice:
-        return "ar" if self.ar_mode else self.mode or default
+        if self.ar_mode:
+            return "ar"
+        if self.ar_mode is False and default == "ar":
+            default = "auto"  # the client says that it does not want what the server would do
+        return self.mode or default
 
     def sampling(self, seed: int, max_tokens: int) -> SamplingParams:
         return SamplingParams(

@@ -10,15 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.config import EngineConfig, ModelConfig, RopeConfig
+from engine.config import EngineConfig, ModelConfig, RopeConfig, Sizes
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.model import Model
 from engine.request import Delta, Request
-from engine.runner import default_block_length, max_model_len
 from engine.segment import Pattern
 from engine.settle import StepOutput
-from engine.step import BLOCK, PATTERN, ROW, Step, slack
+from engine.step import BLOCK, PATTERN, ROW, Step
 from engine.weights import expected_shapes
 
 torch.set_num_threads(1)  # more threads than idle cores only wait for each other
@@ -70,10 +69,8 @@ def random_weights(
 
 def toy_model(seed: int, config: EngineConfig, geometry: ModelConfig = TOY, adapter: bool = True) -> Model:
     """A random model in the engine's dtype."""
-    positions = max_model_len(config, geometry) + slack(
-        default_block_length(config, geometry), config.quadratic_block_length
-    )
-    return Model(geometry, random_weights(geometry, seed, getattr(torch, config.dtype), adapter), positions)
+    sizes, dtype = Sizes.of(config, geometry), getattr(torch, config.dtype)
+    return Model(geometry, random_weights(geometry, seed, dtype, adapter), sizes.max_model_len + sizes.slack)
 
 
 def toy_engine(seed: int = 0, adapter: bool = True, **settings: object) -> Engine:

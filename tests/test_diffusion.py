@@ -82,9 +82,10 @@ def test_more_steps_refine_and_fewer_hurry() -> None:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_leaving_and_entering_diffusion_happens_at_seams_only(lag: int) -> None:
+@pytest.mark.parametrize("leave", range(8, 22))
+def test_leaving_and_entering_diffusion_happens_at_seams_only(lag: int, leave: int) -> None:
     """AR's part of the text is AR's answer to what was committed before, and no canvas is dropped half-way."""
-    sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
     engine = toy_engine(3, lag=lag, block_length=8)
     engine.add(Request("a", (5, 6, 8), sampling, mode="diffusion", diffusion=DiffusionParams(1.0, 0, 8)))
     answer: list[int] = []
@@ -93,9 +94,9 @@ def test_leaving_and_entering_diffusion_happens_at_seams_only(lag: int) -> None:
     for step in range(2000):
         if engine.idle:
             break
-        if step == 12:
+        if step == leave:
             engine.switch("a", "ar")
-        if step == 30:
+        if step == leave + 28:
             engine.switch("a", "diffusion")
         for delta in engine.step().values():
             committed.append(len(delta.token_ids))
@@ -103,7 +104,31 @@ def test_leaving_and_entering_diffusion_happens_at_seams_only(lag: int) -> None:
             stats = delta.stats or stats
     assert stats is not None and stats.modes == ("diffusion", "ar")
     assert stats.denoise_passes == 7 * stats.canvases
-    ar_from = next(i for i in range(1, len(committed)) if committed[i] == 1)
+    # the first token, canvases of 8, single tokens, and canvases again
+    ar_from = committed.index(1, 1)
+    canvas_from = next(i for i in range(ar_from, len(committed)) if committed[i] > 1)
+    assert set(committed[1:ar_from]) <= {8} and canvas_from - ar_from >= 5
     start = sum(committed[:ar_from])
     weights = random_weights(TOY, 3, torch.float64)
     assert answer[start : start + 5] == oracle.greedy(TOY, weights, [5, 6, 8, *answer[:start]], 5)
+
+
+def test_passes_counted_for_others_do_not_shorten_a_later_canvas() -> None:
+    """Drafts that share their settling with a canvas leave the budget of steps of their own later canvases alone."""
+    sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    diffusion = DiffusionParams(1.0, 4, 8)
+    engine = toy_engine(3, block_length=8)
+    engine.add(
+        Request("other", (9, 9), replace(sampling, max_tokens=120), mode="diffusion", diffusion=diffusion)
+    )
+    engine.add(Request("a", (5, 6, 8), sampling, mode="linear_spec", diffusion=diffusion))
+    stats = None
+    for step in range(2000):
+        if engine.idle:
+            break
+        if step == 8:
+            engine.switch("a", "diffusion")
+        delta = engine.step().get("a")
+        stats = delta.stats if delta and delta.stats else stats
+    assert stats is not None and stats.modes == ("linear_spec", "diffusion")
+    assert stats.canvases > 0 and stats.denoise_passes == 4 * stats.canvases

@@ -2,11 +2,13 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from engine.config import DiffusionParams, ModeChoice, SamplingParams
-from engine.request import Request
+from engine.request import Request, Slo
+from engine.step import pack
 from fakes import TOY, ar_answer, generate, random_prompt, run, toy_engine
 
 ALL: tuple[ModeChoice, ...] = ("ar", "linear_spec", "quadratic_spec", "diffusion")
@@ -119,6 +121,8 @@ def test_a_long_prompt_does_not_stop_those_who_are_decoding() -> None:
         ({"mode": "telepathy"}, "mode"),
         ({"sampling": replace(GREEDY, max_tokens=0)}, "max_tokens"),
         ({"sampling": replace(GREEDY, max_tokens=10**9)}, "max_tokens"),
+        ({"sampling": replace(GREEDY, seed=2**63)}, "seed"),
+        ({"sampling": replace(GREEDY, seed=-1)}, "seed"),
         ({"diffusion": DiffusionParams(block_length=5)}, "diffusion.block_length"),
         ({"diffusion": DiffusionParams(block_length=64)}, "diffusion.block_length"),
         ({"id": "taken"}, "id"),
@@ -150,13 +154,70 @@ def test_a_memory_that_no_request_fits_is_refused_at_the_start() -> None:
         toy_engine(kv_tokens=72)
 
 
-def test_the_server_wide_default_mode_is_for_those_who_ask_for_none() -> None:
-    engine = toy_engine(default_mode="ar")
-    engine.add(Request("auto", (5, 6), GREEDY))
-    engine.add(Request("own", (5, 6), GREEDY, mode="linear_spec"))
+def test_a_tier_that_demands_lossless_text_gets_no_diffusion() -> None:
+    engine = toy_engine()
+    engine.add(Request("a", (5, 6), GREEDY, slo=Slo(lossless=True)))
+    with pytest.raises(ValueError, match="^mode: diffusion is not lossless"):
+        engine.switch("a", "diffusion")
+    with pytest.raises(ValueError, match="^mode: "):
+        engine.switch("a", "telepathy")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^mode: diffusion is not lossless"):
+        engine.add(Request("b", (5, 6), GREEDY, mode="diffusion", slo=Slo(lossless=True)))
+
+
+def test_an_answer_that_has_ended_is_not_resumed() -> None:
+    with pytest.raises(ValueError, match="^max_tokens: nothing is left"):
+        toy_engine().add(
+            Request("a", (5, 6), replace(GREEDY, ignore_eos=False), generated=(9, TOY.eos_ids[0]))
+        )
+
+
+def test_a_block_of_one_or_a_default_canvas_beyond_the_block_is_refused_at_the_start() -> None:
+    with pytest.raises(ValueError, match="quadratic_block_length"):
+        toy_engine(quadratic_block_length=1)
+    with pytest.raises(ValueError, match="diffusion.block_length"):
+        toy_engine(block_length=8, diffusion=DiffusionParams(block_length=32))
+
+
+def test_the_default_mode_is_for_those_who_ask_for_none_and_auto_stays_lossless() -> None:
+    engine = toy_engine(default_mode="diffusion")
+    engine.add(Request("auto", (5, 6), GREEDY, mode="auto"))
+    engine.add(Request("none", (5, 6), GREEDY))
     stats = {n: d.stats for report in run(engine) for n, d in report.items() if d.stats}
-    assert stats["auto"] is not None and stats["auto"].modes == ("ar",)
-    assert stats["own"] is not None and stats["own"].modes == ("linear_spec",)
+    assert stats["auto"] is not None and stats["auto"].modes == ("linear_spec",)
+    assert stats["none"] is not None and stats["none"].modes == ("diffusion",)
+
+
+@pytest.mark.parametrize("mode", ALL)
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("sizes", [{"page_size": 1}, {"page_size": 16}, {"quadratic_block_length": 4}])
+def test_a_request_may_fill_the_context_to_its_last_token(
+    mode: ModeChoice, lag: int, sizes: dict[str, Any]
+) -> None:
+    for missing in range(4):
+        engine = toy_engine(2, lag=lag, **sizes)
+        prompt = random_prompt(random.Random(missing), engine.max_model_len - 40 - missing)
+        sampling = replace(GREEDY, temperature=0.7, max_tokens=40 + missing)
+        assert len(generate(engine, [Request("a", prompt, sampling, mode=mode)])["a"]) == 40 + missing
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_a_full_memory_costs_few_restarts(mode: ModeChoice) -> None:
+    engine = toy_engine(3, kv_tokens=320)
+    chance = random.Random(6)
+    requests = [
+        Request(str(i), random_prompt(chance, 100), replace(GREEDY, max_tokens=60), mode=mode)
+        for i in range(6)
+    ]
+    prefilled = 0
+    for request in requests:
+        engine.add(request)
+    while not engine.idle:
+        segments = engine.scheduler.schedule()
+        prefilled += sum(segment.block for segment in segments if segment.mode is None)
+        output = engine.executor.run(pack(segments, engine.scheduler.started, engine.scheduler.granted))
+        engine._report(segments, output)
+    assert prefilled <= 3 * 600  # three times what the prompts need
 
 
 @pytest.mark.parametrize("mode", ALL)

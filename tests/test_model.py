@@ -15,11 +15,12 @@ from engine.segment import Pattern, Segment, Settle
 from engine.sequence import Sequence
 from engine.step import pack
 from fakes import TOY, TOY_ENGINE, random_weights, toy_engine, toy_model
+from kernels.attention import SegmentAttention
 
 
 def placed(tokens: list[int], prompt: int, row: int) -> Sequence:
     sequence = Sequence(
-        Request(str(row), tuple(tokens[:prompt]), generated=tuple(tokens[prompt:])), TOY.eos_ids, row
+        Request(str(row), tuple(tokens[:prompt]), generated=tuple(tokens[prompt:])), "ar", TOY.eos_ids, row
     )
     sequence.start(row)
     return sequence
@@ -52,8 +53,8 @@ def check_step(seed: int) -> None:
     step = pack(segments, [], [])
     seen: list[Tensor] = []
 
-    def watch(batch: Batch, kv: Tensor) -> Tensor:
-        seen.append(model.forward(batch, kv))
+    def watch(batch: Batch, kv: Tensor, attention: list[SegmentAttention]) -> Tensor:
+        seen.append(model.forward(batch, kv, attention))
         return seen[0]
 
     with patch.object(runner.model, "forward", watch):

@@ -32,7 +32,7 @@ class Driver:
         request = Request(
             str(self.arrivals), (5,) * chance.randint(1, 60), sampling, mode=chance.choice(MODES)
         )
-        sequence = Sequence(request, (3,), self.arrivals)
+        sequence = Sequence(request, chance.choice(MODES), (3,), self.arrivals)
         self.arrivals += 1
         self.live.append(sequence)
         self.scheduler.add(sequence)

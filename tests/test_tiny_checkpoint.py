@@ -19,6 +19,7 @@ from engine.tiny import network
 from engine.tiny.tasks import evaluation_tasks
 from engine.tokenizer import Tokenizer
 from fakes import run
+from kernels.attention import SegmentAttention
 
 CONFIG = EngineConfig(block_length=16)
 GREEDY = SamplingParams(temperature=0, max_tokens=160)
@@ -93,8 +94,8 @@ def test_the_engines_logits_are_those_of_the_network_that_was_trained(
     seen: list[Tensor] = []
     forward = model.forward
 
-    def watch(batch: Batch, kv: Tensor) -> Tensor:
-        seen.append(forward(batch, kv))
+    def watch(batch: Batch, kv: Tensor, attention: list[SegmentAttention]) -> Tensor:
+        seen.append(forward(batch, kv, attention))
         return seen[-1]
 
     config = replace(CONFIG, max_batch_tokens=4096)

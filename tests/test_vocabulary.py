@@ -83,13 +83,29 @@ def test_filters_keep_what_their_definitions_say(
     inside = logits[0, kept].softmax(-1)
     wanted, mass = [], 0.0
     for token, probability in zip(kept, inside.tolist(), strict=True):
-        if mass < top_p and probability >= min_p * float(inside[0]):
+        if (mass < top_p or top_p == 1) and probability >= min_p * float(inside[0]):
             wanted.append(token)
         mass += probability
     got = keep_filtered(
         logits, torch.tensor([top_k]), torch.tensor([top_p]).double(), torch.tensor([min_p]).double()
     )
     assert got.isfinite().nonzero()[:, 1].tolist() == sorted(wanted)
+
+
+def test_filters_that_are_off_change_nothing_whatever_the_vocabulary() -> None:
+    logits = torch.randn(3, 131072, generator=torch.Generator().manual_seed(1)) * 4
+    off = torch.ones(3)
+    assert torch.equal(keep_filtered(logits, off.long() * 0, off, off * 0), logits)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-40, 1e-44])
+def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(2)) * 8
+    one = torch.ones(20)
+    tokens = choose(
+        logits, one * temperature, one.long() * 0, one, one * 0, one.long(), torch.arange(20), filtered=True
+    )
+    assert torch.equal(tokens, logits.argmax(-1))
 
 
 def test_confidence_is_the_softmax_probability() -> None:

@@ -103,6 +103,32 @@ def test_a_file_that_is_missing_or_garbage_is_named(folder: Path, name: str) -> 
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eos_token_id", None),
+        ("vocab_size", None),
+        ("rope_parameters", None),
+        ("vocab_size", 3),
+        ("num_key_value_heads", 3),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_the_files_name(folder: Path, key: str, value: object) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {key: value}))
+    with pytest.raises(CheckpointError, match="config.json"):
+        load(folder)
+
+
+def test_a_checkpoint_in_several_files_loads(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    for part, some in enumerate((names[:9], names[9:]), 1):
+        save_file({n: weights[n] for n in some}, folder / f"model-0000{part}-of-00002.safetensors")
+    load(folder)
+
+
 def test_an_adapter_of_another_kind_is_refused(folder: Path) -> None:
     path = folder / "linear_spec_lora" / "adapter_config.json"
     raw = json.loads(path.read_text())

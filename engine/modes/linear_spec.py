@@ -17,7 +17,9 @@ class LinearSpec:
     def plan(self, sequence: Sequence) -> Segment:
         last = sequence.last
         if last is not None and last.settle is Settle.DENOISE:
-            return Segment(sequence, self, last.block, Pattern.CAUSAL, Settle.VERIFY, commits=last.block)
+            return Segment(
+                sequence, self, last.block, Pattern.CAUSAL, Settle.VERIFY, last.block, drafted=last.block - 1
+            )
         return Segment(
             sequence,
             self,
@@ -30,10 +32,7 @@ class LinearSpec:
         )
 
     def advance(self, sequence: Sequence, settled: Settled) -> list[int]:
-        if settled.segment.settle is Settle.VERIFY:
-            sequence.drafted += settled.segment.block - 1
-            sequence.accepted += len(settled.tokens) - 1
-        return sequence.append(settled.tokens)
+        return sequence.append_verified(settled)
 
     def at_seam(self, sequence: Sequence) -> bool:
         return sequence.last is None or sequence.last.settle is not Settle.DENOISE

@@ -24,13 +24,12 @@ class QuadraticSpec:
             Pattern.QUADRATIC,
             Settle.VERIFY,
             commits=self.block_length,
+            drafted=self.block_length - 1 if sequence.last is not None else 0,
             restart=sequence.restart,
         )
 
     def advance(self, sequence: Sequence, settled: Settled) -> list[int]:
-        sequence.drafted += settled.segment.block - 1
-        sequence.accepted += len(settled.tokens) - 1
-        return sequence.append(settled.tokens)
+        return sequence.append_verified(settled)
 
     def at_seam(self, sequence: Sequence) -> bool:
         return True

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 
 from conftest import ServerProcess, free_port
 from engine.config import MODES, DiffusionParams, EngineConfig, ModelConfig, SamplingParams
-from engine.request import DecodeStats, Delta, Request
+from engine.request import DecodeStats, Delta, EngineError, Request
 from engine.tokenizer import Tokenizer
 from serve_app.answer import Answer
 from serve_app.engine_client import EngineClient
@@ -518,7 +518,7 @@ async def test_leaving_a_replicas_stream_ends_the_engines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "reason"), [(ValueError("prompt: bad"), "refused"), (RuntimeError("dead"), "error")]
+    ("failure", "reason"), [(ValueError("prompt: bad"), "refused"), (EngineError("dead"), "error")]
 )
 async def test_no_exception_of_the_engine_crosses_to_the_ingress(failure: Exception, reason: str) -> None:
     stream = replica_of(FakeLoop([Delta((1,))], failure)).stream(pack(Request("r", (1,))), 0.01)

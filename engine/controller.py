@@ -22,19 +22,7 @@ class Decision:
 def decide(running: Seq[Sequence], prefill_waits: bool, config: EngineConfig, block_length: int) -> Decision:
     """Decides for the sequences that decode now. block_length: the engine's default, in tokens."""
     auto = auto_mode(len(running), config.ridge_tokens, block_length)
-    modes: list[tuple[ModeName, int]] = []
-    for sequence in running:
-        match sequence.choice:
-            case "auto":
-                modes.append(auto)
-            case "diffusion":
-                modes.append(("diffusion", sequence.request.diffusion.block_length or block_length))
-            case "linear_spec":
-                modes.append(("linear_spec", block_length))
-            case "quadratic_spec":
-                modes.append(("quadratic_spec", config.quadratic_block_length))
-            case "ar":
-                modes.append(("ar", 1))
+    modes = [auto if sequence.choice == "auto" else (sequence.choice, block_length) for sequence in running]
     return Decision(modes, config.max_batch_tokens // 4 if prefill_waits else 0)
 
 

@@ -7,7 +7,7 @@ from collections import deque
 
 from engine.config import EngineConfig
 from engine.controller import decide
-from engine.modes import build_mode
+from engine.modes import MODES, Mode
 from engine.pages import PagePool
 from engine.segment import Pattern, Segment, Settle
 from engine.sequence import Sequence
@@ -70,7 +70,7 @@ class Scheduler:
         decoding = [s for s in self.running if s.decoding]
         decision = decide(decoding, prefill_waits, self.config, self.block_length)
         for sequence, (name, block_length) in zip(decoding, decision.modes, strict=True):
-            mode = build_mode(name, block_length, sequence, self.config.draft_lora)
+            mode: Mode = MODES[name].of(sequence, self.config, block_length)
             sequence.wanted = None if mode == sequence.mode else mode
         return decision.prefill_tokens
 
@@ -90,7 +90,7 @@ class Scheduler:
         mode = sequence.mode
         if mode is None:
             name, block_length = decide([sequence], False, self.config, self.block_length).modes[0]
-            mode = build_mode(name, block_length, sequence, self.config.draft_lora)
+            mode = MODES[name].of(sequence, self.config, block_length)
         segment = mode.plan(sequence)
         upto = max(len(sequence.tokens), sequence.max_context) + (segment.query_tokens if segment else 0)
         return self.pool.missing(len(sequence.pages), upto)

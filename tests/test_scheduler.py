@@ -1,11 +1,13 @@
 """The scheduler alone, driven with made-up results: no tensor, thousands of steps a second."""
 
 import random
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import config, modes
 from engine.config import EngineConfig, ModeChoice, SamplingParams
 from engine.controller import auto_mode
 from engine.request import Request
@@ -135,6 +137,14 @@ def test_auto_shortens_its_drafts_as_load_grows_and_then_stops_drafting(
     running: int, want: tuple[str, int]
 ) -> None:
     assert auto_mode(running, 64, 32) == want
+
+
+def test_every_mode_has_its_name_in_the_configuration() -> None:
+    assert tuple(modes.MODES) == config.MODES
+    assert get_args(config.ModeName) == config.MODES and get_args(config.ModeChoice) == (
+        "auto",
+        *config.MODES,
+    )
 
 
 def test_auto_never_drafts_longer_than_the_engine_allows() -> None:

@@ -1,4 +1,4 @@
-"""Decode modes: small state machines outside the scheduler. A new mode is a new file and a line here."""
+"""Decode modes: small state machines outside the scheduler. A new one is a file, a line here and a name in config."""
 
 from typing import Protocol
 
@@ -16,7 +16,8 @@ class Mode(Protocol):
 
     `plan` reads `sequence.last`, the segment planned before, and has no effect. `advance` commits what a segment
     brought, at once or a step late. `at_seam` says whether, after all that was planned, the sequence surely stands at
-    a seam, where the mode may change.
+    a seam, where the mode may change. Each class has `of(sequence, config, block_length)`, the mode for a sequence,
+    with a block of that many tokens unless the request or the engine sets another for this mode.
     """
 
     @property
@@ -29,15 +30,6 @@ class Mode(Protocol):
     def at_seam(self, sequence: Sequence) -> bool: ...
 
 
-def build_mode(name: ModeName, block_length: int, sequence: Sequence, draft_lora: bool) -> Mode:
-    """The mode of that name for one sequence; `block_length` is ignored by AR."""
-    match name:
-        case "ar":
-            return AR()
-        case "diffusion":
-            diffusion = sequence.request.diffusion
-            return Diffusion(block_length, diffusion.threshold, diffusion.steps)
-        case "linear_spec":
-            return LinearSpec(block_length, draft_lora)
-        case "quadratic_spec":
-            return QuadraticSpec(block_length)
+MODES: dict[ModeName, type[AR] | type[Diffusion] | type[LinearSpec] | type[QuadraticSpec]] = {
+    mode.name: mode for mode in (AR, Diffusion, LinearSpec, QuadraticSpec)
+}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import ModeName
+from engine.config import EngineConfig, ModeName
 from engine.segment import Pattern, Segment, Settle, Settled
 from engine.sequence import Sequence
 
@@ -11,6 +11,10 @@ from engine.sequence import Sequence
 @dataclass(frozen=True, slots=True)
 class AR:
     name: ClassVar[ModeName] = "ar"
+
+    @classmethod
+    def of(cls, sequence: Sequence, config: EngineConfig, block_length: int) -> "AR":
+        return cls()
 
     def plan(self, sequence: Sequence) -> Segment:
         return Segment(sequence, self, 1, Pattern.CAUSAL, Settle.SAMPLE, commits=1, restart=sequence.restart)

@@ -6,7 +6,7 @@ The device decides which of the two a segment is, by the masks left, so that a h
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import ModeName
+from engine.config import EngineConfig, ModeName
 from engine.segment import Pattern, Segment, Settle, Settled
 from engine.sequence import Sequence
 
@@ -17,6 +17,11 @@ class Diffusion:
     block_length: int
     threshold: float
     steps: int
+
+    @classmethod
+    def of(cls, sequence: Sequence, config: EngineConfig, block_length: int) -> "Diffusion":
+        asked = sequence.request.diffusion
+        return cls(asked.block_length or block_length, asked.threshold, asked.steps)
 
     def plan(self, sequence: Sequence) -> Segment | None:
         if sequence.wanted is not None and sequence.in_flight:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import ModeName
+from engine.config import EngineConfig, ModeName
 from engine.segment import Pattern, Segment, Settle, Settled
 from engine.sequence import Sequence
 
@@ -13,6 +13,10 @@ class LinearSpec:
     name: ClassVar[ModeName] = "linear_spec"
     block_length: int
     lora: bool
+
+    @classmethod
+    def of(cls, sequence: Sequence, config: EngineConfig, block_length: int) -> "LinearSpec":
+        return cls(block_length, config.draft_lora)
 
     def plan(self, sequence: Sequence) -> Segment:
         last = sequence.last

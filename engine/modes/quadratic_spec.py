@@ -6,7 +6,7 @@ The first round of a sequence has masks for drafts, which nothing accepts; it co
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import ModeName
+from engine.config import EngineConfig, ModeName
 from engine.segment import Pattern, Segment, Settle, Settled
 from engine.sequence import Sequence
 
@@ -15,6 +15,10 @@ from engine.sequence import Sequence
 class QuadraticSpec:
     name: ClassVar[ModeName] = "quadratic_spec"
     block_length: int
+
+    @classmethod
+    def of(cls, sequence: Sequence, config: EngineConfig, block_length: int) -> "QuadraticSpec":
+        return cls(config.quadratic_block_length)
 
     def plan(self, sequence: Sequence) -> Segment:
         return Segment(

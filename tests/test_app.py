@@ -614,6 +614,18 @@ async def test_a_stop_string_aborts_what_still_runs() -> None:
     assert run.usage(1)["decode"]["mode"] == ["ar"] and run.usage(1)["decode"]["forward_passes"] == 3
 
 
+async def test_an_answer_cut_by_a_stop_string_does_not_wait_for_an_engine_that_hears_no_abort(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serve_app.generation.STATISTICS_SECONDS", 0.05)
+    run, engine = generation([(TOKENIZER.encode("one two three"), None, None, None), 60.0], stops=("two",))
+    monkeypatch.setattr(engine, "abort", lambda request_id: None)
+    async with asyncio.timeout(5):
+        assert [(event.text, event.finish_reason) async for event in run.events(None) if event] == [
+            ("one ", "stop")
+        ]
+
+
 @settings(max_examples=60)
 @given(
     st.text("abc", max_size=12),

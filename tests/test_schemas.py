@@ -196,3 +196,9 @@ def test_no_value_breaks_the_validation(body: dict[str, Any]) -> None:
         except ValidationError as error:
             refused = from_validation(error).body()["error"]
             assert len(refused["message"].encode()) < 2048
+
+
+def test_ar_mode_false_asks_for_something_else_only_where_the_server_would_decode_ar() -> None:
+    request = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "ar_mode": False})
+    assert request.chosen_mode("ar") == "auto"
+    assert request.chosen_mode("diffusion") == "diffusion"

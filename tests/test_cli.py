@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from conftest import ServerProcess, free_port
 from engine.config import EngineConfig
 from serve_app.cli import main
-from serve_app.config import AppConfig, ray_environment
-from serve_app.local_server import RAY_LOGS, cause
+from serve_app.config import AppConfig, load, ray_environment
+from serve_app.local_server import RAY_LOGS, StartError, cause, check
 
 LOGS = f"Ray's logs: {RAY_LOGS}"
 FOLDER = Path(EngineConfig().checkpoint)
@@ -205,3 +205,10 @@ def test_nothing_is_left_of_a_server_that_is_killed_with_its_terminal() -> None:
     os.kill(starting.process.pid, signal.SIGHUP)
     starting.process.communicate(timeout=30)
     assert starting.processes() == {}
+
+
+def test_a_gpu_that_is_not_there_is_said_at_once() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(StartError, match="sees no GPU"):
+        check(load(None, {"engine.device": "cuda", "server.port": free_port()}))

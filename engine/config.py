@@ -110,9 +110,9 @@ class ModelConfig:
             return config
         except KeyError as error:
             raise CheckpointError(f"{path}: key {error} is missing") from error
+        except CheckpointError:
+            raise
         except (TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"{path}: a value is of the wrong type: {error}") from error
 
 

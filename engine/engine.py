@@ -4,11 +4,12 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from engine.config import BLOCK_LENGTHS, MODES, EngineConfig, ModeChoice, Sizes
+from engine.config import BLOCK_LENGTHS, EngineConfig, ModeChoice, Sizes
+from engine.modes import MODES
 from engine.request import Delta, Request
 from engine.scheduler import Scheduler
 from engine.segment import Segment, Settled
-from engine.sequence import Sequence
+from engine.sequence import Sequence, stop_ids
 from engine.step import pack
 
 if TYPE_CHECKING:  # whoever only plans, as a simulator does, needs no torch
@@ -127,8 +128,8 @@ class Engine:
             raise ValueError(f"seed: {sampling.seed} is not in 0..2**63 - 1")
         if min(ids) < 0 or max(ids) >= vocab_size or self.model_config.mask_id in ids:
             raise ValueError(f"prompt: token ids must lie in 0..{vocab_size - 1} and not be the mask token")
-        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.model_config.eos_ids)}
-        if len(request.generated) >= sampling.max_tokens or not stops.isdisjoint(request.generated):
+        ended = not stop_ids(sampling, self.model_config.eos_ids).isdisjoint(request.generated)
+        if ended or len(request.generated) >= sampling.max_tokens:
             raise ValueError("max_tokens: nothing is left to generate")
         if length > self.max_model_len:
             raise ValueError(
@@ -141,7 +142,9 @@ class Engine:
             raise ValueError(f"diffusion.block_length: {block_length} is not one of {allowed}")
 
     def _check_mode(self, mode: ModeChoice, request: Request) -> None:
-        if mode not in ("auto", *MODES):
+        if mode == "auto":
+            return
+        if mode not in MODES:
             raise ValueError(f"mode: {mode!r} is not one of auto, {', '.join(MODES)}")
-        if mode == "diffusion" and request.slo.lossless:
-            raise ValueError("mode: diffusion is not lossless, which this request's tier demands")
+        if request.slo.lossless and not MODES[mode].lossless:
+            raise ValueError(f"mode: {mode} is not lossless, which this request's tier demands")

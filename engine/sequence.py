@@ -3,12 +3,17 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from engine.config import ModeChoice
+from engine.config import ModeChoice, SamplingParams
 from engine.request import DecodeStats, Request
 
 if TYPE_CHECKING:
     from engine.modes import Mode
     from engine.segment import Segment, Settled
+
+
+def stop_ids(sampling: SamplingParams, eos_ids: Iterable[int]) -> frozenset[int]:
+    """The tokens that end an answer."""
+    return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else frozenset(eos_ids))
 
 
 class Sequence:
@@ -20,14 +25,11 @@ class Sequence:
     """
 
     def __init__(self, request: Request, choice: ModeChoice, eos_ids: Iterable[int], arrival: int) -> None:
-        sampling = request.sampling
         self.request = request
         self.arrival = arrival
         self.tokens: list[int] = [*request.prompt, *request.generated]
         self.num_prompt = len(request.prompt)
-        self.stop_ids = frozenset(sampling.stop_token_ids) | (
-            frozenset() if sampling.ignore_eos else frozenset(eos_ids)
-        )
+        self.stop_ids = stop_ids(request.sampling, eos_ids)
         self.choice = choice
         self.mode: Mode | None = None
         self.wanted: Mode | None = None  # takes over at the next seam
@@ -63,7 +65,6 @@ class Sequence:
         assert self.row < 0 and not self.in_flight and not self.pages
         self.row, self.prefilled = row, 0
         self.prefill_target = max(self.num_prompt, len(self.tokens) - 1)
-        self.last, self.restart, self.canvas_open = None, False, False
 
     def check(self) -> None:
         """Asserts the invariant."""

@@ -141,13 +141,11 @@ class Settler:
     def _fill(self, row: Tensor, block: Tensor, first: Tensor, context: Tensor, width: int) -> None:
         """Draws drafts for the positions after context [P], up to block [P] - 1 of them, from the bidirectional query
         rows after first [P]."""
+        # where a block is shorter than the widest, its last position is drawn again and again
         column = torch.arange(1, width, device=row.device).minimum(block[:, None] - 1)
-        target = (
-            context[:, None] + column
-        )  # where a block is shorter, its last position is drawn again and again
-        self.tables.tokens[row[:, None], target] = self._logits_to_tokens(
-            first[:, None] + column, row, target
-        )
+        target = context[:, None] + column
+        drafts = self._logits_to_tokens(first[:, None] + column, row, target)
+        self.tables.tokens[row[:, None], target] = drafts
 
     def _logits_to_tokens(self, query: Tensor, row: Tensor, position: Tensor) -> Tensor:
         """query: [P, W] query tokens whose logits say what stands at position [P, W] of table rows [P]."""

@@ -17,7 +17,8 @@ class Mode(Protocol):
     `plan` reads `sequence.last`, the segment planned before, and has no effect. `advance` commits what a segment
     brought, at once or a step late. `at_seam` says whether, after all that was planned, the sequence surely stands at
     a seam, where the mode may change. Each class has `of(sequence, config, block_length)`, the mode for a sequence,
-    with a block of that many tokens unless the request or the engine sets another for this mode.
+    with a block of that many tokens unless the request or the engine sets another for this mode, and says by
+    `lossless` whether its text is AR's.
     """
 
     @property

@@ -11,6 +11,7 @@ from engine.sequence import Sequence
 @dataclass(frozen=True, slots=True)
 class AR:
     name: ClassVar[ModeName] = "ar"
+    lossless: ClassVar[bool] = True
 
     @classmethod
     def of(cls, sequence: Sequence, config: EngineConfig, block_length: int) -> "AR":

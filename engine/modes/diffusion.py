@@ -14,6 +14,7 @@ from engine.sequence import Sequence
 @dataclass(frozen=True, slots=True)
 class Diffusion:
     name: ClassVar[ModeName] = "diffusion"
+    lossless: ClassVar[bool] = False
     block_length: int
     threshold: float
     steps: int

@@ -11,6 +11,7 @@ from engine.sequence import Sequence
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
     name: ClassVar[ModeName] = "linear_spec"
+    lossless: ClassVar[bool] = True
     block_length: int
     lora: bool
 

@@ -14,6 +14,7 @@ from engine.sequence import Sequence
 @dataclass(frozen=True, slots=True)
 class QuadraticSpec:
     name: ClassVar[ModeName] = "quadratic_spec"
+    lossless: ClassVar[bool] = True
     block_length: int
 
     @classmethod

@@ -20,6 +20,7 @@ from engine.settle import StepOutput
 from engine.step import BLOCK, PATTERN, ROW, Step
 from engine.weights import expected_shapes
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where the Triton kernels are tested
 torch.set_num_threads(1)  # more threads than idle cores only wait for each other
 
 TOY = ModelConfig(

@@ -12,8 +12,9 @@ from engine.segment import Settle
 from engine.state import Tables
 from engine.step import Step
 from kernels.commit import commit
+from kernels.sampling import Sampling
 from kernels.verify import accepted
-from kernels.vocabulary import choose, confidence
+from kernels.vocabulary import choose
 
 Head = Callable[[Tensor], Tensor]
 
@@ -54,21 +55,13 @@ class Settler:
         padded = [F.pad(output.tokens, (0, width - output.tokens.shape[1])) for output in outputs]
         return StepOutput(torch.cat([output.count for output in outputs]), torch.cat(padded))
 
-    def _choose(self, logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
-        """Tokens for logits [R, V] of table rows [R], to stand at the absolute positions [R]."""
-        if self.step.greedy:
-            return logits.argmax(-1)
-        t = self.tables
-        return choose(
-            logits,
-            t.temperature[row],
-            t.top_k[row],
-            t.top_p[row],
-            t.min_p[row],
-            t.seed[row],
-            position,
-            self.step.filtered,
-        )
+    def _choose(
+        self, logits: Tensor, row: Tensor, position: Tensor, confident: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and confidence for logits [R, V] of table rows [R], to stand at the absolute positions [R]."""
+        t, step = self.tables, self.step
+        sampling = Sampling(t.temperature, t.top_k, t.top_p, t.min_p, t.seed)
+        return choose(logits, row, position, sampling, t.mask_id, step.greedy, step.filtered, confident)
 
     def _keep(self, part: Part) -> StepOutput:
         self.tables.cached.index_add_(0, part.row, part.block)
@@ -77,7 +70,7 @@ class Settler:
     def _sample(self, part: Part) -> StepOutput:
         position = self.batch.context[part.span] + part.block
         logits = self.head(self.hidden[part.first + part.block - 1])
-        token = self._choose(logits, part.row, position)
+        token, _ = self._choose(logits, part.row, position)
         self.tables.tokens[part.row, position] = token
         self.tables.cached[part.row] = position
         return StepOutput(torch.ones_like(token), token[:, None])
@@ -98,13 +91,12 @@ class Settler:
         wanted = inside & torch.where(open_[:, None], canvas == tables.mask_id, column == block[:, None] - 1)
         index = wanted.view(-1).nonzero()[:, 0]
         logits = self.head(self.hidden[query.view(-1)[index]])
-        token = self._choose(
-            logits, row[:, None].expand_as(slot).reshape(-1)[index], position.view(-1)[index]
-        )
+        owner = row[:, None].expand_as(slot).reshape(-1)[index]
+        token, confidence = self._choose(logits, owner, position.view(-1)[index], confident=True)
         drawn = torch.zeros_like(canvas)
         drawn.view(-1)[index] = token
         sure = torch.zeros_like(canvas, dtype=logits.dtype)
-        sure.view(-1)[index] = confidence(logits, token)
+        sure.view(-1)[index] = confidence
         left = (canvas == tables.mask_id).sum(1)
         passes_left = (part.steps - tables.passes[row]).clamp(min=1)
         quota = torch.where(part.steps > 0, -(-left // passes_left), 1)
@@ -151,7 +143,8 @@ class Settler:
         """query: [P, W] query tokens whose logits say what stands at position [P, W] of table rows [P]."""
         logits = self.head(self.hidden[query.flatten()])
         owner = row.repeat_interleave(query.shape[1])
-        return self._choose(logits, owner, position.flatten()).view_as(query)
+        tokens, _ = self._choose(logits, owner, position.flatten())
+        return tokens.view_as(query)
 
 
 def _nothing(part: Part) -> StepOutput:

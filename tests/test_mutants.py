@@ -80,10 +80,8 @@ def test_a_mutant_mask_or_position_is_caught(mutant: Mutant, monkeypatch: pytest
 def test_a_mutant_noise_index_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that depends on where a row stands in its batch instead of its position in the text."""
 
-    def by_row(*arguments: Any) -> Tensor:
-        logits, temperature, top_k, top_p, min_p, seed, _, filtered = arguments
-        row = torch.arange(len(logits))
-        return choose(logits, temperature, top_k, top_p, min_p, seed, row, filtered)
+    def by_row(logits: Tensor, row: Tensor, _: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        return choose(logits, row, torch.arange(len(logits)), *others)
 
     monkeypatch.setattr("engine.settle.choose", by_row)
     with pytest.raises(AssertionError):

@@ -67,85 +67,104 @@ def filter_limit_reference(logits: Tensor, row: Tensor, sampling: Sampling, mask
 
 
 @triton.jit
-def _block(logits, start, mask_id, V: tl.constexpr, BLOCK: tl.constexpr):
+def _block(logits_ptr, start, mask_id, V: tl.constexpr, BLOCK: tl.constexpr):
     """Logits of one row from column `start` on, [BLOCK]."""
     column = start + tl.arange(0, BLOCK)
-    inside = (column < V) & (column != mask_id)
-    return tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
+    x = tl.load(logits_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
+    return tl.where(column == mask_id, float("-inf"), x)
 
 
 @triton.jit
 def _ordered(x):
-    """Floats to integers of the same order, and, since it undoes itself on the integers, the way back."""
+    """The bits of floats as integers of the same order. Undoes itself."""
     return x ^ ((x >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _lowest(
-    logits, mask_id, low, high, wanted, peak, scale, MASS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr,
+    mask_id,
+    low,
+    high,
+    wanted,
+    peak,
+    scale,
+    MASS: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The lowest float from low to high that has less than `wanted` above it: probability mass, in units of the
-    likeliest token's, or tokens. Bisects the floats themselves, so that it ends on one of the logits."""
-    below = _ordered(low.to(tl.int32, bitcast=True))
+    """The lowest logit from low to high that has less than `wanted` above it: probability mass, in units of the
+    likeliest token's, or tokens. Bisects the bits of floats, and skips those that are no logit of the row."""
     found = _ordered(high.to(tl.int32, bitcast=True))
+    below = _ordered(low.to(tl.int32, bitcast=True))
     while below < found:
         middle = (below & found) + ((below ^ found) >> 1)  # rounds down and does not overflow
         value = _ordered(middle).to(tl.float32, bitcast=True)
-        above = 0.0
+        above = tl.zeros((BLOCK,), tl.float32)
+        next_up = tl.full((BLOCK,), float("inf"), tl.float32)
+        next_down = tl.full((BLOCK,), float("-inf"), tl.float32)
         for start in range(0, V, BLOCK):
-            x = _block(logits, start, mask_id, V, BLOCK)
+            x = _block(logits_ptr, start, mask_id, V, BLOCK)
             if MASS:
-                weight = tl.exp((x - peak) * scale)
+                above += tl.where(x > value, tl.exp((x - peak) * scale), 0.0)
             else:
-                weight = tl.full((BLOCK,), 1.0, tl.float32)  # sums of these are exact below 2**24
-            above += tl.sum(tl.where(x > value, weight, 0.0))
-        few = above < wanted
-        found = tl.where(few, middle, found)
-        below = tl.where(few, below, middle + 1)
+                above += tl.where(x > value, 1.0, 0.0)  # such sums are exact below 2**24
+            next_up = tl.minimum(next_up, tl.where(x > value, x, float("inf")))
+            next_down = tl.maximum(next_down, tl.where(x > value, float("-inf"), x))
+        few = tl.sum(above) < wanted
+        down = _ordered(tl.max(next_down).to(tl.int32, bitcast=True))
+        up = _ordered(tl.min(next_up).to(tl.int32, bitcast=True))
+        # no zero with a sign and no NaN may keep the bounds apart for ever
+        found = tl.where(few, tl.minimum(down, middle), found)
+        below = tl.where(few, below, tl.maximum(up, middle + 1))
     return _ordered(found).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _filter_limit(
-    logits,
-    row,
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    limit,
+    logits_ptr,
+    row_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    limit_ptr,
     mask_id,
     STRIDE: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     r = tl.program_id(0)
-    owner = tl.load(row + r)
-    heat = tl.load(temperature + owner)
-    count = tl.load(top_k + owner)
-    share = tl.load(top_p + owner)
-    least = tl.load(min_p + owner)
-    if (heat == 0) | ((count == 0) & (share >= 1) & (least == 0)):
-        tl.store(limit + r, float("-inf"))
+    owner = tl.load(row_ptr + r)
+    temperature = tl.load(temperature_ptr + owner)
+    top_k = tl.load(top_k_ptr + owner)
+    top_p = tl.load(top_p_ptr + owner)
+    min_p = tl.load(min_p_ptr + owner)
+    if (temperature == 0) | ((top_k == 0) & (top_p >= 1) & (min_p == 0)):
+        tl.store(limit_ptr + r, float("-inf"))
         return
-    logits += r.to(tl.int64) * STRIDE
-    scale = triton_inverse_temperature(heat)
-    peak, floor = float("-inf"), float("inf")
+    logits_ptr += r.to(tl.int64) * STRIDE
+    scale = triton_inverse_temperature(temperature)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    lowest = tl.full((BLOCK,), float("inf"), tl.float32)
     for start in range(0, V, BLOCK):
-        x = _block(logits, start, mask_id, V, BLOCK)
-        peak = tl.maximum(peak, tl.max(x))
-        floor = tl.minimum(floor, tl.min(tl.where(x == float("-inf"), float("inf"), x)))
-    if count > 0:
-        floor = _lowest(logits, mask_id, floor, peak, count.to(tl.float32), peak, scale, False, V, BLOCK)
-    if share < 1:
-        mass = 0.0
+        x = _block(logits_ptr, start, mask_id, V, BLOCK)
+        highest = tl.maximum(highest, x)
+        lowest = tl.minimum(lowest, tl.where(x == float("-inf"), float("inf"), x))
+    peak, floor = tl.max(highest), tl.min(lowest)
+    if top_k > 0:
+        floor = _lowest(logits_ptr, mask_id, floor, peak, top_k.to(tl.float32), peak, scale, False, V, BLOCK)
+    if top_p < 1:
+        mass = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
-            x = _block(logits, start, mask_id, V, BLOCK)
-            mass += tl.sum(tl.where(x >= floor, tl.exp((x - peak) * scale), 0.0))
-        floor = _lowest(logits, mask_id, floor, peak, share * mass, peak, scale, True, V, BLOCK)
-    kept = float("inf")
-    for start in range(0, V, BLOCK):
-        x = _block(logits, start, mask_id, V, BLOCK)
-        stays = (x >= floor) & (tl.exp((x - peak) * scale) >= least)
-        kept = tl.minimum(kept, tl.min(tl.where(stays, x, float("inf"))))
-    tl.store(limit + r, kept)
+            x = _block(logits_ptr, start, mask_id, V, BLOCK)
+            mass += tl.where(x >= floor, tl.exp((x - peak) * scale), 0.0)
+        floor = _lowest(logits_ptr, mask_id, floor, peak, top_p * tl.sum(mass), peak, scale, True, V, BLOCK)
+    if min_p > 0:
+        kept = tl.full((BLOCK,), float("inf"), tl.float32)
+        for start in range(0, V, BLOCK):
+            x = _block(logits_ptr, start, mask_id, V, BLOCK)
+            stays = (x >= floor) & (tl.exp((x - peak) * scale) >= min_p)
+            kept = tl.minimum(kept, tl.where(stays, x, float("inf")))
+        floor = tl.min(kept)
+    tl.store(limit_ptr + r, floor)

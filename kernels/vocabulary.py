@@ -116,6 +116,7 @@ def summarise(
         summary,
         mask_id,
         vocab_start,
+        num_warps=8,
         STRIDE=logits.stride(0),
         V=vocab_size,
         CHUNK=CHUNK,
@@ -233,13 +234,13 @@ def _triton_gumbel_noise(seed, position, token):
 
 @triton.jit
 def _summarise(
-    logits,
-    row,
-    position,
-    temperature,
-    seed,
-    limit,
-    summary,
+    logits_ptr,
+    row_ptr,
+    position_ptr,
+    temperature_ptr,
+    seed_ptr,
+    limit_ptr,
+    summary_ptr,
     mask_id,
     vocab_start,
     STRIDE: tl.constexpr,
@@ -252,35 +253,35 @@ def _summarise(
     lane = tl.arange(0, CHUNK)
     column = c * CHUNK + lane
     token = vocab_start + column
-    x = tl.load(logits + r.to(tl.int64) * STRIDE + column, mask=column < V, other=float("-inf")).to(
+    x = tl.load(logits_ptr + r.to(tl.int64) * STRIDE + column, mask=column < V, other=float("-inf")).to(
         tl.float32
     )
     x = tl.where(token == mask_id, float("-inf"), x)
     highest = tl.max(x, 0)
     score = x - tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(tl.exp(score), 0)
-    owner = tl.load(row + r)
-    heat = tl.load(temperature + owner)
-    if heat > 0:
-        noise = _triton_gumbel_noise(tl.load(seed + owner), tl.load(position + r), token)
-        score = score * triton_inverse_temperature(heat) + noise
-        score = tl.where(x >= tl.load(limit + r), score, float("-inf"))
+    owner = tl.load(row_ptr + r)
+    temperature = tl.load(temperature_ptr + owner)
+    if temperature > 0:
+        noise = _triton_gumbel_noise(tl.load(seed_ptr + owner), tl.load(position_ptr + r), token)
+        score = score * triton_inverse_temperature(temperature) + noise
+        score = tl.where(x >= tl.load(limit_ptr + r), score, float("-inf"))
     best, at = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
-    summary += (r * tl.num_programs(1) + c) * FIELDS
-    tl.store(summary, highest)
-    tl.store(summary + 1, total)
-    tl.store(summary + 2, best)
-    tl.store(summary + 3, (vocab_start + c * CHUNK + at).to(tl.float32))
-    tl.store(summary + 4, tl.max(tl.where(lane == at, x, float("-inf")), 0))
+    summary_ptr += (r * tl.num_programs(1) + c) * FIELDS
+    tl.store(summary_ptr, highest)
+    tl.store(summary_ptr + 1, total)
+    tl.store(summary_ptr + 2, best)
+    tl.store(summary_ptr + 3, (vocab_start + c * CHUNK + at).to(tl.float32))
+    tl.store(summary_ptr + 4, tl.max(tl.where(lane == at, x, float("-inf")), 0))
 
 
 @triton.jit
 def _combine(
-    summary,
-    row,
-    temperature,
-    tokens,
-    confidence,
+    summary_ptr,
+    row_ptr,
+    temperature_ptr,
+    tokens_ptr,
+    confidence_ptr,
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -288,15 +289,15 @@ def _combine(
     r = tl.program_id(0)
     chunk = tl.arange(0, WIDTH)
     inside = chunk < CHUNKS
-    chunks = summary + (r * CHUNKS + chunk) * FIELDS
+    chunks = summary_ptr + (r * CHUNKS + chunk) * FIELDS
     highest = tl.load(chunks, mask=inside, other=float("-inf"))
     total = tl.load(chunks + 1, mask=inside, other=0.0)
     score = tl.load(chunks + 2, mask=inside, other=float("-inf"))
     peak = tl.max(highest, 0)
     below = highest - peak
-    scale = triton_inverse_temperature(tl.load(temperature + tl.load(row + r)))
+    scale = triton_inverse_temperature(tl.load(temperature_ptr + tl.load(row_ptr + r)))
     at = tl.argmax(below * scale + score, 0, tie_break_left=True)
-    chosen = summary + (r * CHUNKS + at) * FIELDS
+    chosen = summary_ptr + (r * CHUNKS + at) * FIELDS
     mass = tl.sum(total * tl.exp(below), 0)
-    tl.store(tokens + r, tl.load(chosen + 3).to(tl.int64))
-    tl.store(confidence + r, tl.exp(tl.load(chosen + 4) - peak) / mass)
+    tl.store(tokens_ptr + r, tl.load(chosen + 3).to(tl.int64))
+    tl.store(confidence_ptr + r, tl.exp(tl.load(chosen + 4) - peak) / mass)

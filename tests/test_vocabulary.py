@@ -104,12 +104,12 @@ def test_the_kernel_makes_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> Non
     seed = torch.tensor([0, 1, (1 << 62) + 12345, (1 << 32) + 1], device=DEVICE)
     position = torch.tensor([0, 1, 262143, 77], device=DEVICE)
     parameters = sampling(*[(1.0, 0, 1.0, 0.0)] * 4)._replace(seed=seed)
-    logits = torch.zeros(4, 50, device=DEVICE)
+    logits = torch.zeros(4, 25, device=DEVICE)
     unlimited = torch.full((4,), float("-inf"), device=DEVICE)
     with implementation("triton"):
         row = torch.arange(4, device=DEVICE)
         summary = summarise(logits, row, position, parameters, unlimited, mask_id=-1, vocab_start=131000)
-    want = gumbel_noise(seed, position, 50, 131000)
+    want = gumbel_noise(seed, position, 25, 131000)
     torch.testing.assert_close(summary[:, :, 2], want, rtol=0, atol=1e-5)
 
 
@@ -159,7 +159,7 @@ def test_confidence_is_the_unscaled_probability_of_the_token_without_the_mask_to
 @pytest.mark.parametrize("vocab_size", [50, 64, 200, 257])
 @pytest.mark.usefixtures("small_chunks")
 def test_the_kernels_choose_what_the_reference_chooses(vocab_size: int) -> None:
-    for seed in range(3):
+    for seed in range(2):
         logits = random_logits(8, vocab_size, seed)
         want, got = (chosen(side, logits, mixed(), torch.arange(8, device=DEVICE) + seed) for side in SIDES)
         assert torch.equal(want[0], got[0])
@@ -231,8 +231,8 @@ def test_shards_of_the_vocabulary_change_no_bit(side: Side, shards: int) -> None
         whole = summarise(logits, row, position, mixed(), limit, MASK, 0)
         width = 512 // shards
         parts = [
-            summarise(shard.contiguous(), row, position, mixed(), limit, MASK, width * rank)
-            for rank, shard in enumerate(logits.split(width, 1))
+            summarise(logits[:, first : first + width], row, position, mixed(), limit, MASK, first)
+            for first in range(0, 512, width)
         ]
     assert torch.equal(torch.cat(parts, 1), whole)
 

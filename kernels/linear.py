@@ -12,8 +12,8 @@ from kernels.backend import launch, on_triton
 
 SKINNY_TOKENS = 64  # up to here reading the weight is all the time there is
 _BLOCK_N, _BLOCK_K = 64, 128
-_PROGRAMS = 256  # two on each of an H100's 132 SMs keep enough bytes in flight
-_SPLIT_K = 1024  # columns that a program should at least have
+_PROGRAMS = 264  # at once: two on each of the 132 SMs of an H100 or H200
+_SPLIT_K = 1024  # columns that a program has at least
 _COUNTERS = 1 << 16
 
 
@@ -64,10 +64,7 @@ def token_tile(tokens: int) -> int:
 
 def splits_of(rows: int, columns: int) -> int:
     """Into how many parts K is cut: by the weight's shape alone, so that the order of a sum depends on nothing else."""
-    splits, tiles = 1, triton.cdiv(rows, _BLOCK_N)
-    while tiles * splits < _PROGRAMS and columns >= 2 * splits * _SPLIT_K:
-        splits *= 2
-    return splits
+    return max(1, min(_PROGRAMS // triton.cdiv(rows, _BLOCK_N), columns // _SPLIT_K))
 
 
 def multiply(
@@ -113,7 +110,7 @@ def multiply(
         SPLITS=splits,
         SCALED=scale is not None,
         GATED=gate is not None,
-        num_stages=4,
+        num_stages=3 if block_t == 64 else 4,  # what lets two programs share an SM's memory
     )
 
 
@@ -142,8 +139,8 @@ def _multiply(
     SCALED: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    STEPS: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)  # of one split
-    WHOLE: tl.constexpr = N % BLOCK_N == 0 and K % (BLOCK_K * SPLITS) == 0
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    WHOLE: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
     # programs that read the same weights run next to each other
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -154,16 +151,17 @@ def _multiply(
         if tl.max((gates != 0).to(tl.int32), 0) == 0:
             return
 
-    column = split * STEPS * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    first = split * STEPS // SPLITS
+    column = first * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     x_at = x + token[:, None].to(tl.int64) * K + column
     weight_at = weight + row[:, None].to(tl.int64) * K + column
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    for step in tl.range(STEPS):
+    for step in tl.range(first, (split + 1) * STEPS // SPLITS):
         if WHOLE:
             x_tile = tl.load(x_at, mask=present, other=0.0)
             weight_tile = tl.load(weight_at)
         else:
-            inside = column + step * BLOCK_K < K
+            inside = column + (step - first) * BLOCK_K < K
             x_tile = tl.load(x_at, mask=present & inside, other=0.0)
             weight_tile = tl.load(weight_at, mask=(row[:, None] < N) & inside, other=0.0)
         acc = tl.dot(x_tile, weight_tile.to(x_tile.dtype).T, acc, input_precision="ieee")

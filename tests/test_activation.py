@@ -19,9 +19,7 @@ def test_the_kernel_multiplies_as_torch(tokens: int, width: int, dtype: torch.dt
     with implementation("triton"):
         got = silu_mul(gate_up)
     assert got.dtype is dtype
-    torch.testing.assert_close(
-        got, silu_mul_reference(gate_up), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
-    )
+    torch.testing.assert_close(got, silu_mul_reference(gate_up), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_a_gate_far_from_zero_overflows_nothing() -> None:

@@ -12,7 +12,9 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type == "cu
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 8e-3, torch.bfloat16: 6.4e-2}
 
 
-def inputs(tokens: int, k: int, n: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    tokens: int, k: int, n: int, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, x, a, b."""
     generator = torch.Generator().manual_seed(tokens)
     out, x = torch.randn(tokens, n, generator=generator), torch.randn(tokens, k, generator=generator)

@@ -34,7 +34,8 @@ def inputs(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "heads", "kv_heads", "head_dim"), [(1, 4, 2, 8), (3, 32, 8, 128), (16, 5, 1, 12), (33, 4, 4, 64)]
+    ("tokens", "heads", "kv_heads", "head_dim"),
+    [(1, 4, 2, 8), (3, 32, 8, 128), (16, 5, 1, 12), (33, 4, 4, 64)],
 )
 def test_the_kernel_rotates_scales_and_stores_as_torch(
     tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype

@@ -64,7 +64,8 @@ def token_tile(tokens: int) -> int:
 
 def splits_of(rows: int, columns: int) -> int:
     """Into how many parts K is cut: by the weight's shape alone, so that the order of a sum depends on nothing else."""
-    return max(1, min(_PROGRAMS // triton.cdiv(rows, _BLOCK_N), columns // _SPLIT_K))
+    tiles: int = triton.cdiv(rows, _BLOCK_N)
+    return max(1, min(_PROGRAMS // tiles, columns // _SPLIT_K))
 
 
 def multiply(

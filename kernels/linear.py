@@ -111,6 +111,7 @@ def multiply(
         SPLITS=splits,
         SCALED=scale is not None,
         GATED=gate is not None,
+        num_warps=8 if block_t == 64 else 4,
         num_stages=3 if block_t == 64 else 4,  # what lets two programs share an SM's memory
     )
 
@@ -143,9 +144,9 @@ def _multiply(
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     WHOLE: tl.constexpr = N % BLOCK_N == 0 and K % BLOCK_K == 0
     # programs that read the same weights run next to each other
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2)
+    first_token, first_row, split = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_N, tl.program_id(2)
+    in_tile_t, in_tile_n = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N)
+    token, row = first_token + in_tile_t, first_row + in_tile_n
     present = token[:, None] < tokens
     if GATED:
         gates = tl.load(gate + token, mask=token < tokens, other=0.0).to(tl.float32)
@@ -154,8 +155,9 @@ def _multiply(
 
     first = split * STEPS // SPLITS
     column = first * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    x_at = x + token[:, None].to(tl.int64) * K + column
-    weight_at = weight + row[:, None].to(tl.int64) * K + column
+    # 64 bits for where a tile begins, 32 within it
+    x_at = x + first_token.to(tl.int64) * K + (in_tile_t[:, None] * K + column)
+    weight_at = weight + first_row.to(tl.int64) * K + (in_tile_n[:, None] * K + column)
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     for step in tl.range(first, (split + 1) * STEPS // SPLITS):
         if WHOLE:
@@ -170,9 +172,10 @@ def _multiply(
         weight_at += BLOCK_K
 
     here = present & (row[None, :] < N)
-    at = token[:, None].to(tl.int64) * N + row[None, :]
+    begin = first_token.to(tl.int64) * N + first_row
+    at = in_tile_t[:, None] * N + in_tile_n[None, :]
     if SPLITS > 1:
-        tl.store(parts + split * tokens.to(tl.int64) * N + at, acc, mask=here)
+        tl.store(parts + (split * tokens.to(tl.int64) * N + begin) + at, acc, mask=here)
         tl.debug_barrier()  # what all threads have stored is visible before one of them counts
         counter = counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         if tl.atomic_add(counter, 1, sem="acq_rel") != SPLITS - 1:
@@ -180,7 +183,7 @@ def _multiply(
         tl.store(counter, 0)
         acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for part in tl.static_range(SPLITS):
-            acc += tl.load(parts + part * tokens.to(tl.int64) * N + at, mask=here, other=0.0)
+            acc += tl.load(parts + (part * tokens.to(tl.int64) * N + begin) + at, mask=here, other=0.0)
     if SCALED:
         acc *= tl.load(scale + row, mask=row < N, other=0.0)[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=here)
+    tl.store(out + begin + at, acc.to(out.dtype.element_ty), mask=here)

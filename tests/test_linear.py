@@ -31,7 +31,16 @@ def in_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "k", "n"),
-    [(1, 128, 64), (3, 24, 7), (16, 130, 65), (33, 300, 100), (65, 128, 64), (2, *SPLIT), (33, 3200, 70)],
+    [
+        (0, 128, 64),
+        (1, 128, 64),
+        (3, 24, 7),
+        (16, 130, 65),
+        (33, 300, 100),
+        (65, 128, 64),
+        (2, *SPLIT),
+        (33, 3200, 70),
+    ],
 )
 def test_the_kernel_multiplies_as_torch(tokens: int, k: int, n: int, exact: bool, dtype: torch.dtype) -> None:
     x, weight = inputs(tokens, k, n, dtype)

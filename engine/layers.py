@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.config import ModelConfig, RopeConfig
 from kernels.activation import silu_mul
-from kernels.attention import SegmentAttention, ragged_attention
+from kernels.attention import AttentionPlan, ragged_attention
 from kernels.lora import gated_lora_add
 from kernels.norm import add_rms_norm
 from kernels.rope import rope_and_store
@@ -84,7 +84,7 @@ class Layer:
         residual: Tensor | None,
         kv: Tensor,
         rope: RopeTable,
-        attention: list[SegmentAttention],
+        attention: AttentionPlan,
         batch: Batch,
         config: ModelConfig,
     ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.config import ModelConfig
 from engine.layers import Layer, rope_table
-from kernels.attention import SegmentAttention, plan_attention
+from kernels.attention import AttentionPlan, Ragged, plan_attention
 from kernels.norm import add_rms_norm
 
 
@@ -27,14 +27,26 @@ class Model:
     def has_adapter(self) -> bool:
         return self.layers[0].lora_a is not None
 
-    def plan(self, batch: Batch, page_size: int) -> list[SegmentAttention]:
+    def plan(self, batch: Batch, page_size: int) -> AttentionPlan:
         """What the attention of every layer needs to know of a batch."""
-        lengths, groups = batch.layout.lengths, self.config.num_heads // self.config.num_kv_heads
-        return plan_attention(
-            lengths, batch.context, batch.upto, batch.lo, batch.hi, batch.pages, page_size, groups, self.dtype
+        lengths, config = batch.layout.lengths, self.config
+        length = torch.tensor(lengths, device=self.device)
+        ragged = Ragged(
+            first=length.cumsum(0) - length,
+            length=length,
+            context=batch.context,
+            row=torch.arange(len(lengths), device=self.device),
+            open=batch.open,
+            upto=batch.upto,
+            lo=batch.lo,
+            hi=batch.hi,
+            pages=batch.pages,
+            lengths=lengths,
         )
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        return plan_attention(ragged, page_size, heads, kv_heads, config.head_dim, self.dtype, exact=True)
 
-    def forward(self, batch: Batch, kv: Tensor, attention: list[SegmentAttention]) -> Tensor:
+    def forward(self, batch: Batch, kv: Tensor, attention: AttentionPlan) -> Tensor:
         """Runs all query tokens. kv: [layers, pages, page_size, 2 * kv_heads, head_dim], read and written.
         Returns the normalised hidden states, [T, hidden]."""
         rope = self.rope.at(batch.positions)

@@ -15,7 +15,7 @@ from engine.segment import Pattern, Segment, Settle
 from engine.sequence import Sequence
 from engine.step import pack
 from fakes import TOY, TOY_ENGINE, random_weights, toy_engine, toy_model
-from kernels.attention import SegmentAttention
+from kernels.attention import AttentionPlan
 
 
 def placed(tokens: list[int], prompt: int, row: int) -> Sequence:
@@ -53,7 +53,7 @@ def check_step(seed: int) -> None:
     step = pack(segments, [], [])
     seen: list[Tensor] = []
 
-    def watch(batch: Batch, kv: Tensor, attention: list[SegmentAttention]) -> Tensor:
+    def watch(batch: Batch, kv: Tensor, attention: AttentionPlan) -> Tensor:
         seen.append(model.forward(batch, kv, attention))
         return seen[0]
 

@@ -360,7 +360,7 @@ def _attend(
             upto = tl.load(upto_ptr + token, inside, 0).to(tl.int32)[:, None]
             lo = tl.load(lo_ptr + token, inside, 0).to(tl.int32)[:, None]
             hi = tl.load(hi_ptr + token, inside, 0).to(tl.int32)[:, None]
-            for start in tl.range(masked, high, PAGE_SIZE, num_stages=STAGES if EXACT else 1):
+            for start in tl.range(masked, high, PAGE_SIZE, num_stages=STAGES):
                 base = page * (PAGE_SIZE * KEY)
                 page = tl.load(table + start // PAGE_SIZE + 1)
                 # behind the keys lies whatever the page held before, even nan
@@ -371,10 +371,8 @@ def _attend(
                 visible = (key < upto) | ((key >= lo) & (key < hi))
                 scores = tl.where(visible, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
                 top, weight, acc = _fold(scores, v, top, weight, acc, SCALE)
-            if pieces == 1:
-                acc = acc / tl.where(weight == 0, 1.0, weight)[:, None]
-                tl.store(out_ptr + at + grid, acc.to(out_ptr.dtype.element_ty), inside[:, None])
-            else:
+            last = True
+            if pieces > 1:
                 stride = tl.load(item + _STRIDE).to(tl.int64) * HEADS
                 partial = tl.load(item + _PARTIAL).to(tl.int64) * HEADS + kv_head * GROUPS
                 mine = partial + tl.load(item + _PIECE) * stride
@@ -383,7 +381,9 @@ def _attend(
                 tl.store(softmax_ptr + mine * 2 + heads * 2 + 1, weight, inside)
                 counter = arrived_ptr + tl.load(item + _TILE) * KV_HEADS + kv_head
                 tl.debug_barrier()  # all of this program's stores come before its arrival
-                if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == pieces - 1:
+                last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == pieces - 1
+                if last:
+                    tl.store(counter, 0)
                     top = tl.full([ROWS], float("-inf"), tl.float32)
                     weight = tl.zeros([ROWS], tl.float32)
                     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
@@ -402,9 +402,9 @@ def _attend(
                         acc = acc * shrink[:, None] + its_acc * its_shrink[:, None]
                         top = higher
                         partial += stride
-                    acc = acc / tl.where(weight == 0, 1.0, weight)[:, None]
-                    tl.store(out_ptr + at + grid, acc.to(out_ptr.dtype.element_ty), inside[:, None])
-                    tl.store(counter, 0)
+            if last:
+                acc = acc / tl.where(weight == 0, 1.0, weight)[:, None]
+                tl.store(out_ptr + at + grid, acc.to(out_ptr.dtype.element_ty), inside[:, None])
 
 
 def plan_attention_reference(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.config import BLOCK_LENGTHS, EngineConfig, ModeChoice, Sizes
+from engine.cost_model import CostModel, shape_of
 from engine.modes import MODES
 from engine.request import Delta, Request
 from engine.scheduler import Scheduler
@@ -42,6 +43,8 @@ class Engine:
         self.scheduler = Scheduler(self.config, self.sizes.block_length)
         self.sequences: dict[str, Sequence] = {}
         self.steps = 0
+        self.cost_model: CostModel | None = None
+        self.reported: tuple[int, int] | None = None  # query tokens and context of the step last reported
         self._in_flight: deque[tuple[list[Segment], StepOutput]] = deque()
         self._arrivals = 0
 
@@ -81,6 +84,7 @@ class Engine:
     def step(self) -> dict[str, Delta]:
         """Plans and executes one step and reports the oldest one that is due: at lag 0 the same one. Returns the new
         tokens of each request that has any, or has ended."""
+        self.reported = None
         segments = self.scheduler.schedule()
         if segments:
             self.steps += 1
@@ -92,6 +96,7 @@ class Engine:
 
     def _report(self, segments: list[Segment], output: "StepOutput") -> dict[str, Delta]:
         deltas: dict[str, Delta] = {}
+        self.reported = shape_of(segments)
         for segment, tokens in zip(segments, output.committed(), strict=True):
             sequence = segment.sequence
             sequence.in_flight -= 1

@@ -2,17 +2,20 @@
 
 import asyncio
 import logging
+import platform
 import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from engine.config import EngineConfig, ModeChoice
+from engine.cost_model import BUDGET_SECONDS, CostModel, StepTimer, conditions, measure, read_or_measure
 from engine.engine import Engine, EngineStatus
-from engine.executor import LocalExecutor
+from engine.executor import Executor, LocalExecutor
 from engine.request import Delta, EngineError, Request
 from engine.runner import load_model
 
@@ -42,10 +45,14 @@ class EngineLoop:
         start = time.perf_counter()
         model = load_model(config)
         loaded = time.perf_counter()
-        self.engine = Engine(config, LocalExecutor(model, config))
+        executor = LocalExecutor(model, config)
+        self.engine = Engine(config, executor)
+        ready = time.perf_counter()
+        self.cost_model = self.engine.cost_model = step_costs(config, executor)
         self.phases = {
             "load the checkpoint": loaded - start,
-            "set up the engine": time.perf_counter() - loaded,
+            "set up the engine": ready - loaded,
+            "measure step costs": time.perf_counter() - ready,
         }
         self.model = self.engine.model_config
         self.max_model_len = self.engine.max_model_len
@@ -128,10 +135,12 @@ class EngineLoop:
             wait = False
 
     def _run(self) -> None:
+        before: float | None = (
+            None  # when the step before this one was reported, unless the engine was idle since
+        )
         try:
             while self._obey(wait=self.engine.idle):
-                for request_id, delta in self.engine.step().items():
-                    self._deliver(request_id, delta)
+                before = self._step(before)
         except Exception as error:
             logger.exception("the engine failed")
             self._error = f"the engine failed: {error!r}"
@@ -140,9 +149,54 @@ class EngineLoop:
             while self._obey(wait=True):  # refuses what still comes
                 pass
 
+    def _step(self, before: float | None) -> float | None:
+        """One step of the engine. Returns when something was reported, None if it was nothing or the engine is idle.
+
+        A step's seconds are those since the report before it. They hold all that the host does between two steps, and
+        at lag 1, where a report is of the step before, no more than one step's share of a busy device.
+        """
+        start = time.perf_counter()
+        deltas = self.engine.step()
+        end = time.perf_counter()
+        if before is None and not self.engine.config.lag:
+            before = start
+        shape = self.engine.reported
+        if shape is not None and before is not None:
+            self.cost_model.observe(*shape, end - before)
+        for request_id, delta in deltas.items():
+            self._deliver(request_id, delta)
+        return None if shape is None or self.engine.idle else end
+
     def _deliver(self, request_id: str, delta: Delta) -> None:
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.put(delta)
         if delta.finish_reason is not None:
             self._streams.pop(request_id, None)
+
+
+def step_costs(config: EngineConfig, executor: Executor) -> CostModel:
+    """Reads or measures what steps cost on an executor that serves nobody yet."""
+    model = executor.model_config
+
+    def measured() -> CostModel:
+        timer = StepTimer(executor.run, config, model)
+        return measure(timer, *timer.grid(), BUDGET_SECONDS[torch.device(config.device).type], key)
+
+    key = conditions(device_name(config.device), config, model)
+    return read_or_measure(config.cost_file, key, measured)
+
+
+def device_name(device: str) -> str:
+    """What the maker calls a torch device."""
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()

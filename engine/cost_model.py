@@ -32,7 +32,7 @@ RATE = 0.05  # of the gap between prediction and observation, closed by one obse
 SURPRISE = math.log(
     1.5
 )  # the most that one observation can say, so that a compilation or a pause says little
-BOUND = math.log(4.0)  # of all corrections together
+BOUND = 4.0  # of all corrections together, as a factor
 # settings that change no step's cost
 FREE_SETTINGS = ("checkpoint", "cost_file", "default_mode", "diffusion", "lag", "ridge_tokens")
 # Of the 14B: KV bytes of one token in bf16 (40 layers, 8 KV heads of 128, keys and values), and what an attention
@@ -70,10 +70,9 @@ class CostModel:
             raise ValueError("seconds must be positive")
         self.key: Key = json.loads(json.dumps(key or {}))
         self._measured = _monotone(grid)
-        self._correction = np.zeros_like(grid)  # logarithm of a factor
         self._queries, self._contexts = axes[0].tolist(), axes[1].tolist()
         self._octaves = np.log2(np.maximum(axes[0], 1.0))
-        self._refresh()
+        self._correct(self._measured)
 
     def seconds(self, query_tokens: float, context: float) -> float:
         """Seconds of a step."""
@@ -102,25 +101,25 @@ class CostModel:
             return
         surprise = math.log(seconds / self.seconds(query_tokens, context))
         step = RATE * max(-SURPRISE, min(SURPRISE, surprise))
+        index, part, _ = _place(self._contexts, context)
         octaves = np.abs(self._octaves - math.log2(max(query_tokens, 1.0)))
-        intervals = np.abs(
-            np.arange(len(self._contexts))
-            - np.interp(context, self._contexts, range(len(self._contexts)))  # clamps at both ends
-        )
+        intervals = np.abs(np.arange(len(self._contexts)) - (index + part))
         near = np.exp2(-octaves)[:, None] * np.exp2(-intervals)
         near /= near.max()  # beyond the grid its edge is what can move
-        self._correction = np.clip(self._correction + step * near, -BOUND, BOUND)
-        self._refresh()
+        moved = self._corrected * np.exp(step * near)
+        # what was seen last is not to be contradicted: more than a slow step is as slow, less than a fast one as fast
+        moved = _monotone(moved) if step > 0 else _monotone_from_above(moved)
+        self._correct(np.minimum(np.maximum(moved, self._measured / BOUND), self._measured * BOUND))
 
     def to_json(self) -> str:
-        """The key, the measured grid and its corrections."""
+        """The key, the grid as measured and as corrected."""
         return json.dumps(
             {
                 "key": self.key,
                 "query_tokens": self._queries,
                 "context": self._contexts,
                 "seconds": self._measured.tolist(),
-                "correction": self._correction.tolist(),
+                "corrected": self._corrected.tolist(),
             }
         )
 
@@ -130,13 +129,10 @@ class CostModel:
         try:
             raw = json.loads(text)
             model = CostModel(raw["query_tokens"], raw["context"], raw["seconds"], raw["key"])
-            correction = np.array(raw["correction"], dtype=np.float64)
-            if correction.shape != model._correction.shape or not (np.abs(correction) <= BOUND).all():
-                raise ValueError("correction does not fit the grid")
+            corrected = CostModel(raw["query_tokens"], raw["context"], raw["corrected"])._measured
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a cost model: {error!r}") from error
-        model._correction = correction
-        model._refresh()
+        model._correct(corrected)
         return model
 
     @staticmethod
@@ -165,28 +161,38 @@ class CostModel:
         medians = [statistics.median(without_context[tokens]) for tokens in queries]
         return CostModel(queries, [0.0, longest], [[s, s + longest * kv_seconds] for s in medians], key)
 
-    def _refresh(self) -> None:
-        self._table = _monotone(self._measured * np.exp(self._correction))
+    def _correct(self, table: NDArray[np.float64]) -> None:
+        """Takes a monotone [Q, C] table for what steps cost now."""
+        self._corrected = table
         # One slope for all beyond the grid: with one of each row's own, two rows could cross.
-        self._query_slope = _last_slope(self._queries, self._table)
-        self._context_slope = _last_slope(self._contexts, self._table.T)
+        self._query_slope = _last_slope(self._queries, table)
+        self._context_slope = _last_slope(self._contexts, table.T)
         # the last row and column once more, so that a place at the end has a neighbour too
-        self._table = np.pad(self._table, ((0, 1), (0, 1)), mode="edge")
+        rows, columns = len(self._queries), len(self._contexts)
+        self._table = table[np.minimum(np.arange(rows + 1), rows - 1)][
+            :, np.minimum(np.arange(columns + 1), columns - 1)
+        ]
         self._rows: list[list[float]] = self._table.tolist()
 
 
 def _monotone(grid: NDArray[np.float64]) -> NDArray[np.float64]:
     """The running maximum over both axes."""
-    return np.asarray(np.maximum.accumulate(np.maximum.accumulate(grid, 0), 1))
+    return np.maximum.accumulate(np.maximum.accumulate(grid, 0), 1)
+
+
+def _monotone_from_above(grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The running minimum over both axes, from their ends."""
+    return np.minimum.accumulate(np.minimum.accumulate(grid[::-1, ::-1], 0), 1)[::-1, ::-1]
 
 
 def _last_slope(axis: list[float], table: NDArray[np.float64]) -> float:
     """How much the [N, M] table, monotone over an axis of N values, rises over the axis' upper half; median of M."""
-    half = axis[-1] / 2
     if len(axis) == 1:
         return 0.0
-    rises = [column[-1] - np.interp(half, axis, column) for column in table.T]
-    return float(np.median(rises)) / (axis[-1] - max(half, axis[0]))
+    half = max(axis[-1] / 2, axis[0])
+    index, part, _ = _place(axis, half)
+    rises = table[-1] - (table[index] + (table[index + 1] - table[index]) * part)
+    return float(np.median(rises)) / (axis[-1] - half)
 
 
 def _place(axis: list[float], value: float) -> tuple[int, float, float]:
@@ -252,7 +258,7 @@ def measure(
     rows = np.flatnonzero(reached[:, 0]).tolist()
     columns = np.flatnonzero(reached[rows].any(0)).tolist()
     grid = grid[np.ix_(rows, columns)]
-    added = np.nanmedian(grid - grid[:, :1], axis=0)
+    added = np.maximum(np.nanmedian(grid - grid[:, :1], axis=0), 0.0)
     grid = np.where(np.isnan(grid), grid[:, :1] + added, grid)
     return CostModel([query_tokens[i] for i in rows], [context[j] for j in columns], grid.tolist(), key)
 

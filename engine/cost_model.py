@@ -29,9 +29,7 @@ logger = logging.getLogger(__name__)
 REPEATS = 5  # timings of a point, after one that is not counted
 BUDGET_SECONDS = {"cpu": 1.0, "cuda": 10.0}  # of a measurement at start
 RATE = 0.05  # of the gap between prediction and observation, closed by one observation
-SURPRISE = math.log(
-    1.5
-)  # the most that one observation can say, so that a compilation or a pause says little
+SURPRISE = math.log(1.5)  # the most that one observation can say: a compilation or a pause is no news
 BOUND = 4.0  # of all corrections together, as a factor
 # settings that change no step's cost
 FREE_SETTINGS = ("checkpoint", "cost_file", "default_mode", "diffusion", "lag", "ridge_tokens")

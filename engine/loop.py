@@ -135,9 +135,7 @@ class EngineLoop:
             wait = False
 
     def _run(self) -> None:
-        before: float | None = (
-            None  # when the step before this one was reported, unless the engine was idle since
-        )
+        before: float | None = None  # when the last report came, unless the engine was idle since
         try:
             while self._obey(wait=self.engine.idle):
                 before = self._step(before)
@@ -152,20 +150,23 @@ class EngineLoop:
     def _step(self, before: float | None) -> float | None:
         """One step of the engine. Returns when something was reported, None if it was nothing or the engine is idle.
 
-        A step's seconds are those since the report before it. They hold all that the host does between two steps, and
-        at lag 1, where a report is of the step before, no more than one step's share of a busy device.
+        What a report's steps took is the time since the report before it, shared as predicted. It holds all that the
+        host does in between, and at lag 1, where a report is of the steps before, no more than their share of a busy
+        device.
         """
         start = time.perf_counter()
         deltas = self.engine.step()
         end = time.perf_counter()
         if before is None and not self.engine.config.lag:
             before = start
-        shape = self.engine.reported
-        if shape is not None and before is not None:
-            self.cost_model.observe(*shape, end - before)
+        shapes, model = self.engine.reported, self.cost_model
+        if before is not None:
+            predicted = [model.seconds(*shape) for shape in shapes]
+            for shape, seconds in zip(shapes, predicted, strict=True):
+                model.observe(*shape, (end - before) * seconds / sum(predicted))
         for request_id, delta in deltas.items():
             self._deliver(request_id, delta)
-        return None if shape is None or self.engine.idle else end
+        return end if shapes and not self.engine.idle else None
 
     def _deliver(self, request_id: str, delta: Delta) -> None:
         stream = self._streams.get(request_id)
@@ -180,7 +181,7 @@ def step_costs(config: EngineConfig, executor: Executor) -> CostModel:
     model = executor.model_config
 
     def measured() -> CostModel:
-        timer = StepTimer(executor.run, config, model)
+        timer = StepTimer(lambda step: executor.run([step]), config, model)
         return measure(timer, *timer.grid(), BUDGET_SECONDS[torch.device(config.device).type], key)
 
     key = conditions(device_name(config.device), config, model)

@@ -264,7 +264,7 @@ def test_timed_steps_have_the_tokens_and_the_context_asked_for() -> None:
 
     def run(step: Step) -> Output:
         steps.append(step)
-        return engine.executor.run(step)
+        return engine.executor.run([step])
 
     timer = StepTimer(run, TOY_ENGINE, TOY)
     queries, contexts = timer.grid()

@@ -14,7 +14,9 @@ from fakes import TOY, generate, random_prompt, toy_engine
 from kernels.backend import implementation
 
 MODES: tuple[ModeChoice, ...] = ("ar", "linear_spec", "quadratic_spec", "diffusion")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu.py runs the same on the GPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="tests/test_gpu.py runs the same on the GPU"
+)
 
 
 def answers(

@@ -157,6 +157,7 @@ class EngineConfig:
     ridge_tokens: int = 64  # query tokens per step up to which drafting is nearly free, so that `auto` drafts
     draft_lora: bool = True  # draft with the checkpoint's adapter, where it has one
     lag: Literal[0, 1] = 0  # steps by which the host reads results late
+    prefix_cache: bool = True  # keep the pages of texts, for others that begin the same
     default_mode: ModeChoice = "auto"
     diffusion: DiffusionParams = field(default_factory=DiffusionParams)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from engine.config import ModeChoice, SamplingParams
+from engine.pages import page_key, salt_key
 from engine.request import DecodeStats, Request
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ def stop_ids(sampling: SamplingParams, eos_ids: Iterable[int]) -> frozenset[int]
 class Sequence:
     """The host's view of a request inside the engine.
 
-    `tokens` holds prompt and committed answer. `prefilled` counts the tokens whose causal KV prefill has asked for, up
-    to `prefill_target`. Segments that run on the device but have not been reported yet are counted by `in_flight`, and
-    the most tokens that they can commit by `uncertain`. At all times 0 <= prefilled <= prefill_target <= len(tokens).
+    `tokens` holds prompt and committed answer. `prefilled` counts the tokens whose causal KV lay in the cache, the first
+    `found`, or has been asked for by prefill, up to `prefill_target`. Segments that run on the device but have not been
+    reported yet are counted by `in_flight`, and the most tokens that they can commit by `uncertain`. At all times
+    0 <= found <= prefilled <= prefill_target <= len(tokens).
     """
 
     def __init__(self, request: Request, choice: ModeChoice, eos_ids: Iterable[int], arrival: int) -> None:
@@ -38,6 +40,9 @@ class Sequence:
         self.canvas_open = False  # the last report left a canvas with masks
         self.row = -1
         self.pages: list[int] = []
+        self.registered = 0  # the first of the pages, which others may share
+        self.found = 0
+        self.cached_tokens: int | None = None  # of the prompt, found at the first start
         self.prefilled = 0
         self.prefill_target = 0
         self.in_flight = 0
@@ -46,6 +51,7 @@ class Sequence:
         self.modes_used: list[str] = []
         self.forwards = self.decoded = 0
         self.drafted = self.accepted = self.denoise_passes = self.canvases = 0
+        self._keys: list[bytes] = []
 
     @property
     def num_generated(self) -> int:
@@ -60,15 +66,30 @@ class Sequence:
         """The most tokens that can have causal KV once everything in flight has settled."""
         return self.prefilled if not self.decoding else len(self.tokens) - 1 + self.uncertain
 
-    def start(self, row: int) -> None:
-        """Takes a row of the device tables; everything is to be prefilled."""
-        assert self.row < 0 and not self.in_flight and not self.pages
-        self.row, self.prefilled = row, 0
+    @property
+    def final_context(self) -> int:
+        """The slots whose causal KV is there once the steps launched so far have run, and which no later one writes."""
+        return self.prefilled if not self.decoding else max(self.prefilled, len(self.tokens) - 1)
+
+    def page_key(self, index: int, page_size: int) -> bytes:
+        """The identity of a page that the tokens fill, worked out once."""
+        while len(self._keys) <= index:
+            parent = self._keys[-1] if self._keys else salt_key(self.request.cache_salt)
+            first = len(self._keys) * page_size
+            self._keys.append(page_key(parent, self.tokens[first : first + page_size]))
+        return self._keys[index]
+
+    def start(self, row: int, found: int) -> None:
+        """Takes a row of the device tables; all but the first `found` tokens, whose pages it has, is to be prefilled."""
+        assert self.row < 0 and not self.in_flight
+        self.row, self.found, self.prefilled = row, found, found
         self.prefill_target = max(self.num_prompt, len(self.tokens) - 1)
+        if self.cached_tokens is None:
+            self.cached_tokens = min(found, self.num_prompt)
 
     def check(self) -> None:
         """Asserts the invariant."""
-        assert 0 <= self.prefilled <= self.prefill_target <= len(self.tokens)
+        assert 0 <= self.found <= self.prefilled <= self.prefill_target <= len(self.tokens)
         assert self.in_flight >= 0 and self.uncertain >= 0 and (self.row >= 0 or not self.pages)
 
     def switch(self, mode: "Mode") -> None:
@@ -109,4 +130,5 @@ class Sequence:
             self.accepted,
             self.denoise_passes,
             self.canvases,
+            self.cached_tokens or 0,
         )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from engine.step import (
     MIN_P,
+    ROW_CACHED,
     ROW_ID,
     ROW_SEED,
     ROW_TOKENS,
@@ -66,7 +67,7 @@ class Tables:
             length.cumsum(0) - length, length
         )
         self.tokens[owner, column] = torch.from_numpy(step.tokens).to(device)
-        self.cached[row] = 0
+        self.cached[row] = rows[:, ROW_CACHED]
         self.passes[row] = 0
         self.seed[row] = rows[:, ROW_SEED]
         self.top_k[row] = rows[:, ROW_TOP_K]

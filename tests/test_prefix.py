@@ -21,9 +21,9 @@ def served(engine: Engine, request: Request) -> tuple[list[int], DecodeStats, in
     """The request's answer, how it was decoded, and how many tokens were prefilled for it."""
     engine.add(request)
     sequence, answer, stats = engine.sequences[request.id], list(request.generated), None
-    for report in run(engine):
-        answer += report[request.id].token_ids
-        stats = report[request.id].stats or stats
+    for delta in (report.get(request.id, Delta(())) for report in run(engine)):
+        answer += delta.token_ids
+        stats = delta.stats or stats
     assert stats is not None
     return answer, stats, sequence.prefilled - sequence.found
 

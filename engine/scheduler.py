@@ -61,10 +61,11 @@ class Scheduler:
         for sequence in prefilling:
             if sequence.row < 0 or not budget:
                 continue
-            segment = self._chunk(sequence, budget)
-            if self._cover(segment, planned):
-                budget -= segment.query_tokens
-                planned[sequence] = segment
+            segment = self._chunk(
+                sequence, budget
+            )  # for which the sequence has had its pages since it started
+            budget -= segment.query_tokens
+            planned[sequence] = segment
         for segment in planned.values():
             self._launch(segment)
         if len(planned) < len(self.running):
@@ -94,6 +95,8 @@ class Scheduler:
             sequence.start(self._rows.pop(), len(found) * self.pool.page_size)
             sequence.registered = len(found)
             self.granted += [(sequence.row, column, page) for column, page in enumerate(found)]
+            # all at once, so that no sequence that decodes already takes what was counted for this one
+            self._grant(sequence, self.pool.missing(len(found), sequence.prefill_target))
             self.running.append(sequence)
             self.started.append(sequence)
 
@@ -151,11 +154,15 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
+        if missing:
+            self._grant(sequence, missing)
+        return True
+
+    def _grant(self, sequence: Sequence, count: int) -> None:
         column = len(sequence.pages)
         home = sequence.row * self.pool.total // self.config.max_running
-        for offset, page in enumerate(self.pool.grant(sequence.pages, missing, home)):
+        for offset, page in enumerate(self.pool.grant(sequence.pages, count, home)):
             self.granted.append((sequence.row, column + offset, page))
-        return True
 
     def _launch(self, segment: Segment) -> None:
         sequence = segment.sequence

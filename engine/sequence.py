@@ -20,8 +20,8 @@ def stop_ids(sampling: SamplingParams, eos_ids: Iterable[int]) -> frozenset[int]
 class Sequence:
     """The host's view of a request inside the engine.
 
-    `tokens` holds prompt and committed answer. `prefilled` counts the tokens whose causal KV lay in the cache, the first
-    `found`, or has been asked for by prefill, up to `prefill_target`. Segments that run on the device but have not been
+    `tokens` holds prompt and committed answer. `prefilled` counts the tokens whose causal KV the cache had, the first
+    `found`, or prefill has asked for, up to `prefill_target`. Segments that run on the device but have not been
     reported yet are counted by `in_flight`, and the most tokens that they can commit by `uncertain`. At all times
     0 <= found <= prefilled <= prefill_target <= len(tokens).
     """
@@ -80,7 +80,7 @@ class Sequence:
         return self._keys[index]
 
     def start(self, row: int, found: int) -> None:
-        """Takes a row of the device tables; all but the first `found` tokens, whose pages it has, is to be prefilled."""
+        """Takes a row of the device tables; prefill starts after the first `found` tokens, whose pages it has."""
         assert self.row < 0 and not self.in_flight
         self.row, self.found, self.prefilled = row, found, found
         self.prefill_target = max(self.num_prompt, len(self.tokens) - 1)

@@ -61,9 +61,7 @@ class Scheduler:
         for sequence in prefilling:
             if sequence.row < 0 or not budget:
                 continue
-            segment = self._chunk(
-                sequence, budget
-            )  # for which the sequence has had its pages since it started
+            segment = self._chunk(sequence, budget)  # whose pages it has had since it started
             budget -= segment.query_tokens
             planned[sequence] = segment
         for segment in planned.values():
@@ -74,7 +72,10 @@ class Scheduler:
 
     def _choose_modes(self, decoding: list[Sequence], prefill_waits: bool) -> int:
         decision = decide(decoding, prefill_waits, self.config, self.block_length)
-        for sequence, (name, block_length) in zip(decoding, decision.modes, strict=True):
+        for sequence, decided in zip(decoding, decision.modes, strict=True):
+            if decided == sequence.decided:
+                continue
+            name, block_length = sequence.decided = decided
             mode: Mode = MODES[name].of(sequence, self.config, block_length)
             sequence.wanted = None if mode == sequence.mode else mode
         return decision.prefill_tokens
@@ -189,4 +190,4 @@ class Scheduler:
         self.pool.release(sequence.pages)
         sequence.registered = 0
         self._rows.append(sequence.row)
-        sequence.row, sequence.mode, sequence.wanted = -1, None, None
+        sequence.row, sequence.decided, sequence.mode, sequence.wanted = -1, None, None, None

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from engine.config import ModeChoice, SamplingParams
+from engine.config import ModeChoice, ModeName, SamplingParams
 from engine.pages import page_key, salt_key
 from engine.request import DecodeStats, Request
 
@@ -33,6 +33,7 @@ class Sequence:
         self.num_prompt = len(request.prompt)
         self.stop_ids = stop_ids(request.sampling, eos_ids)
         self.choice = choice
+        self.decided: tuple[ModeName, int] | None = None  # by the controller: mode and block length
         self.mode: Mode | None = None
         self.wanted: Mode | None = None  # takes over at the next seam
         self.last: Segment | None = None  # the segment planned last, since the last restart

@@ -83,13 +83,12 @@ class Scheduler:
     def _start_waiting(self) -> None:
         if not (self.waiting and self._rows):
             return
-        wanting = sum(self._wanting(sequence, len(sequence.pages)) for sequence in self.running)
         while self.waiting and self._rows:
             sequence = self.waiting[0]
             found = self._find(sequence)
-            wanting += self._wanting(sequence, len(found))
+            room = self.pool.free - self.pool.idle(found) - self._wanting(sequence, len(found))
             # a sequence that starts without room for its first segment beside the others' next would be preempted
-            if self.running and wanting + self.pool.idle(found) > self.pool.free:
+            if self.running and (room < 0 or room < self._wanted()):
                 return
             self.waiting.popleft()
             self.pool.share(sequence.pages, found, len(sequence.tokens))
@@ -119,13 +118,18 @@ class Scheduler:
             self.pool.register(sequence.pages[index], sequence.page_key(index, size))
         sequence.registered = final
 
+    def _wanted(self) -> int:
+        """Pages that the running sequences lack for what they do next."""
+        return sum(self._wanting(sequence, len(sequence.pages)) for sequence in self.running)
+
     def _wanting(self, sequence: Sequence, held: int) -> int:
         """Pages that a sequence that holds so many lacks for its prefill and the segment after it."""
-        mode = sequence.mode
+        mode, segment = sequence.mode, sequence.last  # the next is like the last
         if mode is None:
             name, block_length = decide([sequence], False, self.config, self.block_length).modes[0]
-            mode = MODES[name].of(sequence, self.config, block_length)
-        segment = mode.plan(sequence)
+            mode, segment = MODES[name].of(sequence, self.config, block_length), None
+        if segment is None:
+            segment = mode.plan(sequence)
         upto = max(len(sequence.tokens), sequence.max_context) + (segment.query_tokens if segment else 0)
         return self.pool.missing(held, upto)
 

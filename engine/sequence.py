@@ -1,6 +1,7 @@
 """One sequence being generated: a few counters, the committed tokens, and who decodes it."""
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from engine.config import ModeChoice, ModeName, SamplingParams
@@ -103,16 +104,16 @@ class Sequence:
 
     def append(self, tokens: Iterable[int]) -> list[int]:
         """Commits tokens up to the first stop id or the length limit; returns those that count."""
-        new: list[int] = []
-        for token in tokens:
-            if self.finish_reason is not None:
-                break
-            self.tokens.append(token)
-            new.append(token)
-            if token in self.stop_ids:
-                self.finish_reason = "stop"
-            elif self.num_generated >= self.request.sampling.max_tokens:
-                self.finish_reason = "length"
+        if self.finish_reason is not None:
+            return []
+        room = self.request.sampling.max_tokens - self.num_generated
+        new = list(islice(tokens, room))
+        if not self.stop_ids.isdisjoint(new):
+            del new[next(index for index, token in enumerate(new) if token in self.stop_ids) + 1 :]
+            self.finish_reason = "stop"
+        elif len(new) == room:
+            self.finish_reason = "length"
+        self.tokens += new
         return new
 
     def append_verified(self, settled: "Settled") -> list[int]:

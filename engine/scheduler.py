@@ -81,14 +81,15 @@ class Scheduler:
         return decision.prefill_tokens
 
     def _start_waiting(self) -> None:
-        if not (self.waiting and self._rows):
-            return
+        wanted = -1  # by the running sequences; summed up only for one that would fit without them
         while self.waiting and self._rows:
             sequence = self.waiting[0]
             found = self._find(sequence)
             room = self.pool.free - self.pool.idle(found) - self._wanting(sequence, len(found))
+            if room >= 0 and wanted < 0:
+                wanted = sum(self._wanting(s, len(s.pages)) for s in self.running)
             # a sequence that starts without room for its first segment beside the others' next would be preempted
-            if self.running and (room < 0 or room < self._wanted()):
+            if self.running and room < max(wanted, 0):
                 return
             self.waiting.popleft()
             self.pool.share(sequence.pages, found, len(sequence.tokens))
@@ -97,6 +98,7 @@ class Scheduler:
             self.granted += [(sequence.row, column, page) for column, page in enumerate(found)]
             # all at once, so that no sequence that decodes already takes what was counted for this one
             self._grant(sequence, self.pool.missing(len(found), sequence.prefill_target))
+            wanted += self._wanting(sequence, len(sequence.pages))
             self.running.append(sequence)
             self.started.append(sequence)
 
@@ -117,10 +119,6 @@ class Scheduler:
         for index in range(sequence.registered, final):
             self.pool.register(sequence.pages[index], sequence.page_key(index, size))
         sequence.registered = final
-
-    def _wanted(self) -> int:
-        """Pages that the running sequences lack for what they do next."""
-        return sum(self._wanting(sequence, len(sequence.pages)) for sequence in self.running)
 
     def _wanting(self, sequence: Sequence, held: int) -> int:
         """Pages that a sequence that holds so many lacks for its prefill and the segment after it."""

@@ -15,7 +15,7 @@ from kernels.attention import ROWS, Ragged, WorkList, plan_attention, ragged_att
 from kernels.backend import implementation
 
 CAUSAL, CANVAS, QUADRATIC, PADDING = "causal", "canvas", "quadratic", "padding"
-PAGE = 16
+PAGE = 32
 KV_HEADS, GROUPS, HEAD_DIM = 2, 4, 16
 BLOCK_Q = ROWS // GROUPS
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type == "cuda")
@@ -69,7 +69,8 @@ def make_case(
     kv = torch.full((count + 1, PAGE, 2 * KV_HEADS, HEAD_DIM), float("nan"))
     for row, n in zip(rows, keys, strict=True):
         for column in range(-(-n // PAGE)):
-            page = table[row, column] = next(ids)
+            page = next(ids)
+            table[row, column] = page
             held = min(n - column * PAGE, PAGE)
             kv[page, :held] = torch.randn(held, 2 * KV_HEADS, HEAD_DIM, generator=generator)
     q = torch.randn(sum(lengths), KV_HEADS * GROUPS, HEAD_DIM, generator=generator)
@@ -159,10 +160,9 @@ def test_a_context_may_end_anywhere_in_a_page(kind: str, context: int) -> None:
 LONG = [Segment(CAUSAL, 1, 1100), Segment(CANVAS, BLOCK_Q + 4, 600), Segment(CAUSAL, 5, 300)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("exact", [False, True])
-def test_the_pieces_of_long_contexts_merge_to_the_whole(exact: bool, dtype: torch.dtype) -> None:
-    case = make_case(LONG, dtype)
+def test_the_pieces_of_long_contexts_merge_to_the_whole(exact: bool) -> None:
+    case = make_case(LONG, DTYPES[-1])
     items = plan(case, exact).items[:, 7]  # pieces of the item's tile
     assert items[0] > 1
     check(case, exact)

@@ -83,16 +83,16 @@ def make_case(
             seen[i, segment.context :][lo:hi] = True
         visible.append(seen)
     length = torch.tensor(lengths)
-    upto, lo, hi = torch.tensor([t for own in triples for t in own] or [(0, 0, 0)]).unbind(1)
+    flat = torch.tensor([t for own in triples for t in own]).to(DEVICE).T.contiguous()
     ragged = Ragged(
         first=(length.cumsum(0) - length).to(DEVICE),
         length=length.to(DEVICE),
         context=torch.tensor([s.context for s in segments]).to(DEVICE),
         row=torch.tensor(rows).to(DEVICE),
         open=torch.tensor([s.kind in (CANVAS, QUADRATIC) for s in segments]).to(DEVICE),
-        upto=upto.to(DEVICE, copy=True),
-        lo=lo.to(DEVICE, copy=True),
-        hi=hi.to(DEVICE, copy=True),
+        upto=flat[0],
+        lo=flat[1],
+        hi=flat[2],
         pages=table.to(DEVICE),
     )
     return Case(ragged, q.to(DEVICE, dtype), kv.to(DEVICE, dtype), visible)

@@ -157,6 +157,24 @@ def test_a_context_may_end_anywhere_in_a_page(kind: str, context: int) -> None:
             check(make_case([Segment(kind, block, context)], seed=context), exact)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_tokens_of_no_segment_disturb_nobody(exact: bool) -> None:
+    case = make_case(MIXED[:4])
+    want = attend(case, exact)
+    ragged, beyond = case.ragged, torch.full((7,), 1 << 20, device=DEVICE)
+    assert ragged.lo is not None and ragged.hi is not None
+    upto, lo, hi = (torch.cat((x, beyond)) for x in (ragged.upto, ragged.lo, ragged.hi))
+    q = torch.cat((case.q, torch.full_like(case.q[:7], float("nan"))))
+    padded = Case(ragged._replace(upto=upto, lo=lo, hi=hi), q, case.kv, [])
+    assert torch.equal(attend(padded, exact)[: len(want)], want)
+
+
+def test_a_token_that_sees_no_key_gets_zeros() -> None:
+    case = make_case([Segment(CANVAS, 3, 0)])
+    blind = case._replace(ragged=case.ragged._replace(upto=torch.zeros_like(case.ragged.upto)))
+    assert not attend(blind, exact=False).any()
+
+
 LONG = [Segment(CAUSAL, 1, 1100), Segment(CANVAS, BLOCK_Q + 4, 600), Segment(CAUSAL, 5, 300)]
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 FIRST_CAPABILITY = (8, 9)  # Ada; Hopper and Blackwell are above
 
 
@@ -13,7 +14,7 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     `quantised * scale` is within a sixteenth of each weight, or within 2^-10 scales where weights are tiny. Rows of
     zeros have scale 1."""
     amax = weight.abs().amax(1).float()
-    scale = torch.where(amax > 0, amax / LARGEST, 1.0)
+    scale = torch.where(amax > 0, (amax / LARGEST).clamp(SMALLEST_SCALE), 1.0)
     # Rounding may end a hair above the largest value, which the cast would turn into NaN.
     return (weight.float() / scale[:, None]).clamp(-LARGEST, LARGEST).to(FP8), scale
 

@@ -64,6 +64,8 @@ class Row:
     ratio: float
     accepted: float  # share of the drafted tokens
     accepted_fp8: float
+    slower: int  # prompts that took more forwards with the quantised weights
+    faster: int
 
 
 def weights_in_fp8(folder: Path, geometry: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -81,17 +83,16 @@ def answers(
     """Greedy answers by linear self-speculation, up to their eos."""
     engine = Engine(config, executor)
     sampling = SamplingParams(temperature=0.0, max_tokens=LONGEST)
-    tokens: dict[str, list[int]] = {}
-    stats: list[DecodeStats] = []
+    tokens: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
+    stats: dict[str, DecodeStats] = {}
     for index, prompt in enumerate(prompts):
-        tokens[str(index)] = []
         engine.add(Request(str(index), prompt, sampling, "linear_spec"))
     while not engine.idle:
         for request_id, delta in engine.step().items():
             tokens[request_id] += delta.token_ids
             if delta.stats is not None:
-                stats.append(delta.stats)
-    return list(tokens.values()), stats
+                stats[request_id] = delta.stats
+    return list(tokens.values()), [stats[request_id] for request_id in tokens]
 
 
 def measure(config: EngineConfig, block_length: int, count: int) -> Row:
@@ -112,16 +113,23 @@ def measure(config: EngineConfig, block_length: int, count: int) -> Row:
         sum(s.tokens for s in of) / sum(s.forwards for s in of) for of in (own, fp8)
     )
     accepted, accepted_fp8 = (sum(s.accepted for s in of) / sum(s.drafted for s in of) for of in (own, fp8))
+    pairs = [(a.forwards, b.forwards) for a, b in zip(own, fp8, strict=True)]
+    slower, faster = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
     ratio = per_forward_fp8 / per_forward
-    return Row(block_length, count, per_forward, per_forward_fp8, ratio, accepted, accepted_fp8)
+    return Row(
+        block_length, count, per_forward, per_forward_fp8, ratio, accepted, accepted_fp8, slower, faster
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'block':>5}{'prompts':>9}{'TPF':>7}{'TPF fp8':>9}{'ratio':>8}{'accepted':>10}{'fp8':>8}"]
+    lines = [
+        f"{'block':>5}{'prompts':>9}{'TPF':>7}{'TPF fp8':>9}{'ratio':>8}{'accepted':>10}{'fp8':>8}"
+        f"{'slower':>8}{'faster':>8}"
+    ]
     for row in rows:
         lines.append(
             f"{row.block_length:>5}{row.prompts:>9}{row.tokens_per_forward:>7.2f}{row.tokens_per_forward_fp8:>9.2f}"
-            f"{row.ratio:>8.3f}{row.accepted:>10.3f}{row.accepted_fp8:>8.3f}"
+            f"{row.ratio:>8.3f}{row.accepted:>10.3f}{row.accepted_fp8:>8.3f}{row.slower:>8}{row.faster:>8}"
         )
     return "\n".join(lines)
 
@@ -130,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m perf.bench_fp8", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, default=RESULTS / "bench_fp8.json", help="where the results go")
     parser.add_argument("--checkpoint", default=EngineConfig().checkpoint, help="by default the bundled one")
-    parser.add_argument("--prompts", type=int, default=66, help="held-out prompts")
+    parser.add_argument("--prompts", type=int, default=220, help="held-out prompts")
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32], help="block lengths")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -28,6 +28,8 @@ def check_fp8(device: torch.device) -> None:
     """Raises ValueError unless the device multiplies FP8 matrices."""
     if device.type != "cuda":
         found = f"a {device.type} device"
+    elif not torch.cuda.is_available():
+        found = "a machine without a GPU"
     else:
         capability = torch.cuda.get_device_capability(device)
         if capability >= FIRST_CAPABILITY:

@@ -22,9 +22,9 @@ from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.fp8 import dequantise
 from engine.model import Model
+from engine.output import StepOutput
 from engine.request import DecodeStats, Request
 from engine.segment import Pattern
-from engine.settle import StepOutput
 from engine.step import PATTERN, ROW, Step
 from engine.tiny.tasks import evaluation_tasks
 from engine.tokenizer import Tokenizer
@@ -41,9 +41,12 @@ class DraftedElsewhere(LocalExecutor):
         super().__init__(model, config)
         self.drafter = LocalExecutor(drafter, config).runner
 
-    def run(self, step: Step) -> StepOutput:
-        output = super().run(step)
-        self.drafter.run(step)
+    def run(self, steps: Sequence[Step]) -> StepOutput:
+        return [self._run(step) for step in steps][-1]
+
+    def _run(self, step: Step) -> StepOutput:
+        output = super().run([step])
+        self.drafter.run([step])
         ours, theirs = self.runner.tables, self.drafter.tables
         drafts = step.segments[:, PATTERN] == Pattern.CANVAS
         for row in step.segments[drafts, ROW].tolist():

@@ -31,9 +31,11 @@ EVIL = (
 
 
 class Hub:
-    """Answers what Hugging Face's client asks for to download one commit of one repository. `sent`: files by name."""
+    """Answers what Hugging Face's client asks for to download one commit of one repository. `asked`: paths of
+    all requests; `sent`: names of files."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
+        self.asked: list[str] = []
         self.sent: list[str] = []
         hub = self
 
@@ -43,6 +45,7 @@ class Hub:
 
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
+                hub.asked.append(path)
                 resolve = f"/{REPOSITORY}/resolve/{COMMIT}/"
                 if path == f"/api/models/{REPOSITORY}/tree/{COMMIT}":
                     listing = [
@@ -113,6 +116,7 @@ def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Lets Hugging Face's client in this process use the hub and an empty cache, which it returns."""
     from huggingface_hub import constants
 
+    hub.asked.clear()
     hub.sent.clear()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(
@@ -129,10 +133,11 @@ def test_a_pinned_checkpoint_is_downloaded_without_code_or_pickles(hub: Hub) -> 
     assert not set(hub.sent) & set(EVIL)
 
 
-def test_what_is_in_the_cache_is_not_fetched_again(hub: Hub) -> None:
+def test_what_is_in_the_cache_needs_no_network(hub: Hub) -> None:
     folder = local_folder(PINNED)
-    hub.sent.clear()
-    assert local_folder(PINNED) == folder and hub.sent == []
+    hub.asked.clear()
+    assert local_folder(PINNED) == folder and local_folder(PINNED, weights=False) == folder
+    assert hub.asked == []
 
 
 def test_the_ingress_fetches_no_weights_and_the_engine_adds_them(hub: Hub) -> None:
@@ -160,7 +165,7 @@ def test_a_hub_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_revision_that_can_move_is_refused_with_the_form_that_cannot(hub: Hub, revision: str) -> None:
     with pytest.raises(CheckpointError, match=r"no such checkpoint folder.*org/name@<40 hexadecimal digits>"):
         local_folder(REPOSITORY + revision)
-    assert hub.sent == []
+    assert hub.asked == []
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,7 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "org" / f"name@{COMMIT}").mkdir(parents=True)
     assert local_folder(str(tmp_path)) == tmp_path
     assert local_folder(f"org/name@{COMMIT}") == Path(f"org/name@{COMMIT}")
-    assert hub.sent == []
+    assert hub.asked == []
 
 
 def test_clients_call_a_checkpoint_by_its_repository_or_folder(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_a_cpu_is_refused() -> None:
 def test_a_gpu_is_refused_by_its_capability(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fine: bool
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     if fine:

@@ -16,7 +16,6 @@ from transformers.models.ministral3.modeling_ministral3 import (
     get_llama_4_attn_scale,
 )
 
-from engine.batch import Batch
 from engine.config import EngineConfig, ModelConfig, RopeConfig
 from engine.executor import LocalExecutor
 from engine.layers import inverse_frequencies, rope_table
@@ -26,7 +25,8 @@ from engine.segment import Pattern, Segment, Settle
 from engine.sequence import Sequence
 from engine.step import pack
 from fakes import TOY, write_checkpoint
-from kernels.attention import SegmentAttention
+from kernels.attention import AttentionPlan
+from kernels.expand import Expanded
 from perf.bench_engine import GEOMETRY, HuggingFace
 
 TOLERANCE = 1e-5  # of logits with a standard deviation of about one
@@ -59,7 +59,7 @@ def engine_logits(folder: Path, tokens: list[int], lengths: list[int]) -> Tensor
     hidden: list[Tensor] = []
     forward = runner.model.forward
 
-    def watch(batch: Batch, kv: Tensor, attention: list[SegmentAttention]) -> Tensor:
+    def watch(batch: Expanded, kv: Tensor, attention: AttentionPlan) -> Tensor:
         hidden.append(forward(batch, kv, attention))
         return hidden[-1]
 
@@ -67,7 +67,7 @@ def engine_logits(folder: Path, tokens: list[int], lengths: list[int]) -> Tensor
     with patch.object(runner.model, "forward", watch):
         for length in lengths:
             segment = Segment(sequence, None, length, Pattern.CAUSAL, Settle.KEEP, 0)
-            runner.run(pack([segment], [] if hidden else [sequence], [] if hidden else pages))
+            runner.run([pack([segment], [] if hidden else [sequence], [] if hidden else pages)])
     return runner.model.head(torch.cat(hidden))
 
 

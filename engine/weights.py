@@ -249,7 +249,7 @@ def _checked(
                             f"{name} has type {header.get_dtype()}, not one of {', '.join(DTYPES)}"
                         )
                     found[name] = (file, tuple(header.get_shape()))
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{file}: {error}") from error
     problems += [f"missing {name} {list(shapes[name])}" for name in sorted(shapes.keys() - found.keys())]
     problems += [f"unexpected {name}" for name in sorted(found.keys() - shapes.keys())]

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.fp8 import FP8, LARGEST, check_fp8, dequantise, quantise
+from fakes import DEVICE
 
 
 def rows(seed: int, dtype: torch.dtype, magnitude: float) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     spread = torch.randn(16, 1, generator=draw).mul(2).exp()  # rows of very different size
-    return (torch.randn(16, 48, generator=draw) * spread * magnitude).to(dtype)
+    return (torch.randn(16, 48, generator=draw) * spread * magnitude).to(DEVICE, dtype)
 
 
 @given(

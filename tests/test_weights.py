@@ -26,7 +26,7 @@ from engine.weights import (
     expected_shapes,
     load_weights,
 )
-from fakes import TOY, random_weights, write_checkpoint
+from fakes import DEVICE, TOY, random_weights, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -179,7 +179,8 @@ def test_an_index_that_contradicts_the_headers_is_told(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../model.safetensors", "sub/model.safetensors", "model.bin", "absent.safetensors"]
+    "name",
+    ["../model.safetensors", "sub/model.safetensors", "model.bin", "absent.safetensors", "a\0.safetensors"],
 )
 def test_an_index_names_nothing_but_safetensors_files_of_its_folder(folder: Path, name: str) -> None:
     places = shard(folder)
@@ -308,7 +309,7 @@ def test_the_shares_of_all_ranks_make_up_every_tensor(tmp_path: Path, ranks: int
 
 
 def test_a_rank_keeps_nothing_but_its_share(folder: Path) -> None:
-    weights = load_weights(folder, TOY, torch.float32, CPU, 1, 2)
+    weights = load_weights(folder, TOY, torch.float32, DEVICE, 1, 2)
     down = weights["encoder.layers.0.mlp.down_proj.weight"]
     assert down.shape == (24, 16)
     for tensor in weights.values():
@@ -351,17 +352,18 @@ def test_random_weights_have_the_names_and_shapes_of_read_ones(folder: Path) -> 
 
 
 def test_random_weights_follow_the_seed_and_are_shared_out_like_read_ones() -> None:
-    whole = dummy_weights(TOY, torch.float32, CPU)
-    halves = [dummy_weights(TOY, torch.float32, CPU, rank, 2) for rank in (0, 1)]
+    whole = dummy_weights(TOY, torch.float32, DEVICE)
+    halves = [dummy_weights(TOY, torch.float32, DEVICE, rank, 2) for rank in (0, 1)]
     name = "encoder.layers.1.self_attn.o_proj.weight"
     assert torch.equal(torch.cat([half[name] for half in halves], 1), whole[name])
     assert torch.equal(halves[0]["encoder.norm.weight"], whole["encoder.norm.weight"])
-    assert not torch.equal(dummy_weights(TOY, torch.float32, CPU, seed=1)[name], whole[name])
+    assert not torch.equal(dummy_weights(TOY, torch.float32, DEVICE, seed=1)[name], whole[name])
 
 
 def test_random_weights_give_logits_that_bfloat16_can_hold() -> None:
     config = replace(TOY, hidden_size=128, intermediate_size=256, vocab_size=512, num_layers=20, head_dim=32)
-    weights = {name: tensor.double() for name, tensor in dummy_weights(config, torch.bfloat16, CPU).items()}
+    drawn = dummy_weights(config, torch.bfloat16, DEVICE)
+    weights = {name: tensor.double().cpu() for name, tensor in drawn.items()}
     tokens = torch.randint(8, config.vocab_size, (8,), generator=torch.Generator().manual_seed(0)).tolist()
     logits = oracle.causal_logits(config, weights, tokens)
     deviation = logits[:, config.mask_id + 1 :].std()

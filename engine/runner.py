@@ -85,10 +85,8 @@ class Runner:
     def _run(self, step: Step) -> Tensor:
         if self.graphs is not None and self.graphs.shape(step) is not None:
             return self.graphs.run([step])
-        confident = step.confident
-        return self._execute(
-            layout(step, self.model.device, self.model.dtype), step.greedy, step.filtered, confident
-        )
+        of = layout(step, self.model.device, self.model.dtype)
+        return self._execute(of, step.greedy, step.filtered, step.confident)
 
     def _execute(
         self, layout: Layout, greedy: bool = False, filtered: bool = True, confident: bool = True

@@ -89,6 +89,7 @@ def random_step(chance: np.random.Generator, kinds: Sequence[Kind]) -> Step:
         tokens=np.zeros(0, np.int64),
         greedy=True,
         filtered=False,
+        confident=False,
     )
 
 
@@ -177,7 +178,7 @@ def test_a_step_of_nothing_but_padding_changes_nothing(padding: int) -> None:
     there = on_device(tables)
     empty = Step(
         np.zeros((0, 9), np.int64), np.zeros(0), np.zeros((0, 3), np.int64), np.zeros((0, 4), np.int64),
-        np.zeros((0, 3)), np.zeros(0, np.int64), True, False,
+        np.zeros((0, 3)), np.zeros(0, np.int64), True, False, False,
     )  # fmt: skip
     size = 1 + padding
     padded = unpack_layout(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.batch import layout, padded_layout, unpack_layout
+from engine.batch import known_layout, padded_layout, unpack_layout
 from engine.segment import Pattern, Settle
 from engine.state import Tables
 from engine.step import BLOCK, LENGTH, ROW, Step
@@ -114,7 +114,7 @@ def test_the_kernels_expand_and_settle_as_torch_does(seed: int, kinds: list[Kind
     there = on_device(tables)
     query_tokens = int(step.segments[:, LENGTH].sum())
     size, count = query_tokens + padding, len(kinds) + (padding > 0)
-    plain = layout(step, torch.device("cpu"), torch.float32)
+    plain = known_layout(step, torch.device("cpu"), torch.float32)
     packed = torch.from_numpy(padded_layout(step, size, count, ROWS)).to(DEVICE)
     padded = unpack_layout(packed, size, None, plain.lora)
     gate = torch.float32 if plain.lora else None

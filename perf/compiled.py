@@ -9,10 +9,12 @@ import importlib
 import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ from kernels.backend import Launch
 
 ARCHITECTURES = (90, 100, 103)  # H100 and H200; B200 and GB200; B300 and GB300
 OPCODES = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "STL", "LDL")
-TENSOR_CORES = ("HGMMA", "HMMA", "UTCHMMA")
 MOST_REGISTERS = 255  # of a thread
 MOST_SHARED = 227 * 1024  # bytes of a block, the same on all three
+# of the kernels that must run on tensor cores: the constant that says how many rows their tiles have
+TILE_ROWS = {"attention._attend": "ROWS", "linear._multiply": "BLOCK_T"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,10 @@ class Specialisation:
     def name(self) -> str:
         """Such as `norm._add_rms_norm`."""
         return f"{self.module.rpartition('.')[2]}.{self.kernel}"
+
+    def constant(self, name: str) -> Any:
+        """The value of a constant argument."""
+        return self.constants[list(self.signature).index(name),]
 
     @property
     def text(self) -> str:
@@ -143,6 +150,69 @@ def build_all(
             if error is not None and not isinstance(error, Exception):
                 raise error
             yield (*futures[future], error or future.result())
+
+
+def tensor_cores(specialisation: Specialisation, architecture: int) -> tuple[str, ...]:
+    """Which instruction a build must have; none is asked of kernels without products. Tiles of 64 rows and more take
+    the warp group's or Blackwell's own, smaller ones the warp's."""
+    if specialisation.name not in TILE_ROWS:
+        return ()
+    if specialisation.constant(TILE_ROWS[specialisation.name]) < 64:
+        return ("HMMA",)
+    return ("HGMMA",) if architecture == 90 else ("UTCHMMA",)
+
+
+def compile_all(launches: Iterable[Launch], processes: int) -> tuple[dict[str, Any], list[str]]:
+    """The record of what the launches compile to, and what must not ship."""
+    started = time.monotonic()
+    specialisations = {s.key: s for s in map(specialise, launches)}
+    builds: dict[str, Any] = {key: {"signature": s.text} for key, s in sorted(specialisations.items())}
+    problems: list[str] = []
+    total = len(specialisations) * len(ARCHITECTURES)
+    done = build_all(specialisations.values(), ARCHITECTURES, processes)
+    for number, (specialisation, architecture, build) in enumerate(done, 1):
+        where = f"{specialisation.key} sm_{architecture}"
+        if isinstance(build, Exception):
+            problems.append(f"{where} does not compile: {build}")
+            continue
+        builds[specialisation.key][f"sm_{architecture}"] = asdict(build)
+        problems += [
+            f"{where}: {fault}" for fault in build.faults(tensor_cores(specialisation, architecture))
+        ]
+        progress = f"[{number}/{total}, {time.monotonic() - started:.0f} s]"
+        print(
+            f"{progress} {where}: {build.registers} registers, {build.shared} bytes shared", file=sys.stderr
+        )
+    return {"triton": triton.__version__, "builds": builds}, problems
+
+
+def missing(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Kernels that only one of the two knows."""
+    before, after = ({key.partition(" ")[0] for key in side["builds"]} for side in (record, now))
+    return [
+        *(f"{name} is in the record, and nothing launches it" for name in sorted(before - after)),
+        *(f"{name} is launched, and not in the record" for name in sorted(after - before)),
+    ]
+
+
+def drift(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs from the record, in lines for people; nothing is comparable between versions of Triton."""
+    if record["triton"] != now["triton"]:
+        return [f"the record is of triton {record['triton']}, this is {now['triton']}: only the limits apply"]
+    lines = []
+    for key, build in now["builds"].items():
+        if key not in record["builds"]:
+            lines.append(f"{key}: new, {build['signature']}")
+            continue
+        for place in (f"sm_{architecture}" for architecture in ARCHITECTURES):
+            old, new = (flat(side.get(place, {})) for side in (record["builds"][key], build))
+            changed = [name for name in old | new if old.get(name) != new.get(name)]
+            lines += [f"{key} {place}: {name} {old.get(name)} -> {new.get(name)}" for name in changed]
+    return lines
+
+
+def flat(build: dict[str, Any]) -> dict[str, Any]:
+    return {**{k: v for k, v in build.items() if k != "opcodes"}, **build.get("opcodes", {})}
 
 
 def _tool(name: str, *arguments: str) -> str:

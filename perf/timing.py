@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -41,20 +42,46 @@ def rotations(nbytes: int, device: torch.device) -> int:
     return max(2, min(64, -(-3 * cache // max(nbytes, 1))))
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Median seconds of one call; None where the side raised, and note says what."""
+
+    seconds: float | None
+    note: str = ""
+
+
 def side_by_side(
     sides: Mapping[str, Sequence[Call]], device: torch.device, repeats: int = 20, graphs: bool = True
-) -> dict[str, float]:
-    """Median seconds of one call of each side.
+) -> dict[str, Timing]:
+    """Times each side.
 
     A side is a list of calls that do the same with different inputs; they run one after the other, and the sides take
-    turns. On a GPU each side's calls are one CUDA graph, unless graphs is false, and events tell the time.
+    turns. On a GPU each side's calls are one CUDA graph, unless graphs is false or they cannot be captured, which the
+    note says, and events tell the time.
     """
-    runs = {name: _prepared(calls, device, graphs) for name, calls in sides.items()}
-    samples: dict[str, list[float]] = {name: [] for name in sides}
+    runs: dict[str, _Run] = {}
+    timings: dict[str, Timing] = {}
+    for name, calls in sides.items():
+        try:
+            runs[name] = _prepared(calls, device, graphs)
+        except Exception as error:  # whatever another library raises is a result too
+            timings[name] = Timing(None, f"{type(error).__name__}: {error}".partition("\n")[0][:200])
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            samples[name].append(_seconds(run, device, graphs) / len(sides[name]))
-    return {name: statistics.median(taken) for name, taken in samples.items()}
+            samples[name].append(_seconds(run, device) / len(sides[name]))
+    for name, run in runs.items():
+        eager = device.type == "cuda" and not run.graph
+        timings[name] = Timing(statistics.median(samples[name]), "eager" if eager else "")
+    return timings
+
+
+def seconds_of(call: Call, device: torch.device, repeats: int = 20, graphs: bool = True) -> float:
+    """Median seconds of one call. Raises RuntimeError if it does."""
+    timing = side_by_side({"call": [call]}, device, repeats, graphs)["call"]
+    if timing.seconds is None:
+        raise RuntimeError(timing.note)
+    return timing.seconds
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -62,7 +89,7 @@ def copy_bandwidth(device: torch.device) -> float:
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    return 2 * size / side_by_side({"copy": [lambda: target.copy_(source)]}, device)["copy"]
+    return 2 * size / seconds_of(lambda: target.copy_(source), device)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -70,14 +97,20 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * size**3 / side_by_side({"matmul": [lambda: torch.mm(a, b, out=out)]}, device)["matmul"]
+    return 2 * size**3 / seconds_of(lambda: torch.mm(a, b, out=out), device)
 
 
 def nbytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _prepared(calls: Sequence[Call], device: torch.device, graphs: bool) -> Call:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    run: Call
+    graph: bool
+
+
+def _prepared(calls: Sequence[Call], device: torch.device, graphs: bool) -> _Run:
     """All calls as one, compiled and warm."""
 
     def run() -> None:
@@ -86,31 +119,34 @@ def _prepared(calls: Sequence[Call], device: torch.device, graphs: bool) -> Call
 
     run()
     if device.type != "cuda":
-        return run
+        return _Run(run, False)
     run()
     torch.cuda.synchronize()
     if not graphs:
-        return run
+        return _Run(run, False)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return _Run(run, False)
     graph.replay()
     torch.cuda.synchronize()
-    return graph.replay
+    return _Run(graph.replay, True)
 
 
-def _seconds(run: Call, device: torch.device, ahead: bool) -> float:
-    """ahead: let the host be ahead of the GPU, so that the launch of the first kernel is not timed."""
+def _seconds(prepared: _Run, device: torch.device) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
-        run()
+        prepared.run()
         return time.perf_counter() - start
     before: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     after: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    if ahead:
+    if prepared.graph:  # the launch of a graph is not timed: the GPU is busy until the host has made it
         torch.cuda._sleep(500_000)  # type: ignore[no-untyped-call]  # cycles, some 0.3 ms
     before.record()
-    run()
+    prepared.run()
     after.record()
     after.synchronize()
     return float(before.elapsed_time(after)) / 1e3

@@ -1,0 +1,65 @@
+"""The kernels that the engine launches, recorded from the engine itself on tensors without memory."""
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.batch import FIELDS, unpack_layout
+from engine.config import EngineConfig, ModelConfig
+from engine.graphs import SIZES
+from engine.model import Model
+from engine.runner import Runner
+from engine.weights import expected_shapes
+from kernels.backend import Launch, recording
+from perf.geometry import RANK, write_config
+
+META = torch.device("meta")
+
+
+def engine_launches(size: str, tokens: Iterable[int], exact: bool = False) -> list[Launch]:
+    """What steps of so many query tokens launch at a published size in bfloat16, with the draft adapter and without."""
+    with tempfile.TemporaryDirectory() as folder:
+        geometry = write_config(Path(folder), size, num_hidden_layers=2)
+    config = EngineConfig(
+        dtype="bfloat16", page_size=64, kv_tokens=2**16, max_model_len=2**15, max_running=64, exact=exact
+    )
+    with recording() as launches, torch.inference_mode():
+        model = Model(geometry, meta_weights(geometry), 2**15 + 1024, exact)
+        runner = Runner(model, config)
+        for count in tokens:
+            segments = torch.empty(FIELDS, min(count, config.max_running) + 1, dtype=torch.int64, device=META)
+            for lora in (False, True):
+                layout = unpack_layout(segments, count, None, lora)
+                runner.execute(layout)
+            # the hints that a step outside a graph gives
+            runner.execute(layout, greedy=True, filtered=False, confident=False)
+            runner.execute(layout, greedy=False, filtered=False, confident=True)
+    return launches
+
+
+def default_launches() -> list[Launch]:
+    """The 14B at the ends of what decoding takes most."""
+    return engine_launches("14b", (1, 32))
+
+
+def all_launches() -> list[Launch]:
+    """Every size of the model and number of query tokens that has a graph, and one beyond them; exact and not."""
+    return [
+        launch
+        for size in ("14b", "8b", "3b")
+        for exact in (False, True)
+        for launch in engine_launches(size, (*SIZES, 1024), exact)
+    ]
+
+
+def meta_weights(geometry: ModelConfig) -> dict[str, Tensor]:
+    """The names and shapes of a checkpoint with the adapter."""
+    shapes = dict(expected_shapes(geometry))
+    for index in range(geometry.num_layers):
+        prefix = f"encoder.layers.{index}.self_attn.o_proj"
+        shapes[f"{prefix}.lora_A"] = (RANK, geometry.num_heads * geometry.head_dim)
+        shapes[f"{prefix}.lora_B"] = (geometry.hidden_size, RANK)
+    return {name: torch.empty(shape, dtype=torch.bfloat16, device=META) for name, shape in shapes.items()}

@@ -1,7 +1,7 @@
-"""Expands a step's segments, all at once, into the flat tensors that the model and the settle operations read.
+"""Lays a step's segments out for the device: the one copy that a step sends there.
 
-What follows from the segments alone is a layout, kept and used again, since steps repeat; what depends on the device
-tables is read anew.
+On a CPU, what follows from the segments alone is kept and used again, since steps repeat. On a GPU a layout may be
+filled up to a fixed number of query tokens, so that one captured graph serves all steps of up to that size.
 """
 
 from dataclasses import dataclass
@@ -9,140 +9,159 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.segment import Pattern, Settle
-from engine.state import Tables
+from engine.state import to_device
 from engine.step import BLOCK, COLUMNS, COMMITS, LENGTH, LORA, PATTERN, RESTART, ROW, SETTLE, STEPS, Step
+from kernels.expand import Known, Segments
+from kernels.settle import Part
 
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The P segments of a step that one settle operation ends."""
-
-    span: slice  # where they are among the step's segments
-    width: int  # of the longest block
-    row: Tensor  # [P] row of the device tables
-    block: Tensor  # [P] tokens of the block, mask groups excluded
-    first: Tensor  # [P] index of the segment's first query token
-    threshold: Tensor  # [P]
-    steps: Tensor  # [P]
-    commits: bool  # whether any may commit a token
-    quadratic: Tensor | None  # indices of the quadratic ones; None if there are none
+# rows of a packed layout; the fields of Segments in their order
+FIELDS = len(Segments._fields)
+_PACKED = (ROW, LENGTH, BLOCK, PATTERN, SETTLE, COMMITS, STEPS, LORA, RESTART)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the segments say of a step: S segments, T query tokens."""
+    """S segments and T query tokens on the device."""
 
-    parts: dict[Settle, Part]
-    lengths: list[int]  # [S] query tokens of each segment, known to the host
-    patterns: frozenset[int]
-    row: Tensor  # [S] row of the device tables
-    pattern: Tensor  # [S]
-    restarts: Tensor | None  # rows whose canvases are void; None if there are none
-    owner: Tensor  # [T] segment of the token
-    offset: Tensor  # [T] index of the token in its segment
-    token_row: Tensor  # [T] row of the device tables
-    token_block: Tensor  # [T] block of the token's segment
-    lora: Tensor | None  # [T, 1] 1.0 where the draft adapter is on; None if nowhere
+    segments: Segments
+    query_tokens: int
+    rows: Tensor | None  # [R] query tokens whose logits are read; None: all
+    lora: bool  # whether the draft adapter is on anywhere
+    known: Known | None  # on a CPU
+    parts: list[Part] | None  # on a CPU
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A layout and what the device tables add to it."""
-
-    layout: Layout
-    context: Tensor  # [S] tokens with causal KV before the segment
-    open: Tensor  # [S] bool: a canvas that still has masks, whose tokens see each other
-    token_ids: Tensor  # [T]
-    positions: Tensor  # [T]
-    slots: Tensor  # [T] where the token's KV goes
-    upto: Tensor  # [T] keys of the own segment before this one are visible,
-    lo: Tensor | None  # [T] and so are those from lo to hi
-    hi: Tensor | None  # [T]
-    pages: Tensor  # [S, columns]
+def packed_layout(step: Step) -> NDArray[np.int64]:
+    """The step's segments as [FIELDS, S] int64; thresholds as the bits of float64."""
+    segments = step.segments
+    length, wanted = segments[:, LENGTH], _wanted(segments)
+    first, logit = length.cumsum() - length, wanted.cumsum() - wanted
+    return np.vstack((segments[:, _PACKED].T, first, logit, step.thresholds.view(np.int64)))
 
 
-def expand(step: Step, tables: Tables, page_size: int, dtype: torch.dtype) -> Batch:
-    """Reads the device tables, after their update by the step. Voids canvases first where a segment asks for it."""
-    layout = _layout(step.segments.tobytes(), step.thresholds.tobytes(), tables.cached.device, dtype)
-    if layout.restarts is not None:
-        tables.void_canvases(layout.restarts)
-    owner, offset, block = layout.owner, layout.offset, layout.token_block
-    context = tables.cached[layout.row]
-    slot = context[owner] + offset
-    page = tables.pages[layout.token_row, slot // page_size]
-    token_ids = tables.tokens[layout.token_row, slot]
-    positions, upto, lo, hi = slot, offset + 1, None, None
-    open_ = torch.zeros_like(layout.row, dtype=torch.bool)
-    if Pattern.CANVAS in layout.patterns:
-        masks = torch.zeros_like(layout.row).index_add_(0, owner, (token_ids == tables.mask_id).long())
-        open_ = (layout.pattern == Pattern.CANVAS) & (masks > 0)
-        upto = torch.where(open_[owner], block, upto)
-    if Pattern.QUADRATIC in layout.patterns:
-        grouped = (layout.pattern[owner] == Pattern.QUADRATIC) & (offset >= block)
-        group, inside = (offset - block) // block, offset % block
-        token_ids = token_ids.masked_fill(grouped, tables.mask_id)
-        positions = torch.where(grouped, context[owner] + group + 1 + inside, positions)
-        upto = torch.where(grouped, group + 1, upto)
-        lo = torch.where(grouped, block * (group + 1), 0)
-        hi = torch.where(grouped, block * (group + 2), 0)
-    return Batch(
-        layout=layout,
-        context=context,
-        open=open_,
-        token_ids=token_ids,
-        positions=positions,
-        slots=page * page_size + slot % page_size,
-        upto=upto,
-        lo=lo,
-        hi=hi,
-        pages=tables.pages[layout.row],
+def padded_layout(step: Step, size: int, count: int, scratch_row: int) -> NDArray[np.int64]:
+    """The same as [FIELDS, count] int64, filled up to `size` query tokens by tokens of the scratch row, which all have
+    a row of the logits. `count` must be above the number of segments if tokens are lacking."""
+    packed = np.zeros((FIELDS, count), np.int64)
+    number = len(step.segments)
+    packed[:, :number] = packed_layout(step)
+    taken = int(step.segments[:, LENGTH].sum())
+    if taken < size:
+        packed[: len(_PACKED), number] = (
+            scratch_row,
+            size - taken,
+            1,
+            Pattern.PAD,
+            Settle.NOTHING,
+            0,
+            0,
+            0,
+            0,
+        )
+    length = packed[1]
+    packed[-3] = length.cumsum() - length
+    # the logits of a chunk of prefill begin at its first token, and only the last one's are read
+    packed[-2] = packed[-3] + np.where(packed[4] == Settle.SAMPLE, length - 1, 0)
+    return packed
+
+
+def unpack_layout(packed: Tensor, size: int, rows: Tensor | None, lora: bool) -> Layout:
+    """The layout in a packed tensor on the device, for the Triton side."""
+    return Layout(
+        Segments._make((*packed[:-1], packed[-1].view(torch.float64))), size, rows, lora, None, None
     )
+
+
+def layout(step: Step, device: torch.device, dtype: torch.dtype) -> Layout:
+    """The step as it is, with rows of the logits for those tokens only that need them."""
+    if device.type != "cpu":
+        segments = step.segments
+        size, rows = int(segments[:, LENGTH].sum()), to_device(_rows(segments), device)
+        return unpack_layout(
+            to_device(packed_layout(step), device), size, rows, bool(segments[:, LORA].any())
+        )
+    return _layout(step.segments.tobytes(), step.thresholds.tobytes(), device, dtype)
+
+
+def _wanted(segments: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many of its last query tokens each segment needs logits of."""
+    settle = segments[:, SETTLE]
+    return np.where(settle == Settle.KEEP, 0, np.where(settle == Settle.SAMPLE, 1, segments[:, LENGTH]))
+
+
+def _rows(segments: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The query tokens whose logits are read."""
+    length = segments[:, LENGTH]
+    owner = np.repeat(np.arange(len(length)), length)
+    offset = np.arange(len(owner)) - (length.cumsum() - length)[owner]
+    return np.flatnonzero(offset >= (length - _wanted(segments))[owner])
 
 
 @lru_cache(maxsize=256)
 def _layout(packed: bytes, packed_thresholds: bytes, device: torch.device, dtype: torch.dtype) -> Layout:
     """packed: Step.segments, packed_thresholds: Step.thresholds, as bytes."""
     segments = np.frombuffer(packed, np.int64).reshape(-1, COLUMNS)
-    on_device = torch.tensor(segments, device=device)
     thresholds = torch.tensor(np.frombuffer(packed_thresholds), device=device)
-    length = segments[:, LENGTH]
-    first = torch.tensor(length.cumsum() - length, device=device)
-    owner = torch.tensor(np.repeat(np.arange(len(length)), length), device=device)
+    length, block, settle = segments[:, LENGTH], segments[:, BLOCK], segments[:, SETTLE]
+    first, wanted = length.cumsum() - length, _wanted(segments)
+    logit = wanted.cumsum() - wanted
+    owner = np.repeat(np.arange(len(length)), length)
+    offset = np.arange(len(owner)) - first[owner]
+    rows = _rows(segments)
+    columns = torch.tensor(np.column_stack((segments[:, _PACKED], first, logit)).T.copy(), device=device)
+    described = Segments._make((*columns, thresholds))
     restarts = segments[:, RESTART] != 0
-    parts: dict[Settle, Part] = {}
-    for settle in Settle:
-        members = np.flatnonzero(segments[:, SETTLE] == settle)
-        if not len(members):
-            continue
-        span = slice(int(members[0]), int(members[-1]) + 1)
-        assert len(members) == span.stop - span.start, (
-            "a step's segments stand in the order of their settle operations"
-        )
-        quadratic = np.flatnonzero(segments[span, PATTERN] == Pattern.QUADRATIC)
-        parts[settle] = Part(
-            span=span,
-            width=int(segments[span, BLOCK].max()),
-            row=on_device[span, ROW].contiguous(),
-            block=on_device[span, BLOCK].contiguous(),
-            first=first[span],
-            threshold=thresholds[span],
-            steps=on_device[span, STEPS].contiguous(),
-            commits=bool(segments[span, COMMITS].any()),
-            quadratic=torch.tensor(quadratic, device=device) if len(quadratic) else None,
-        )
-    return Layout(
-        parts=parts,
+    gate = segments[owner, LORA, None]
+    known = Known(
         lengths=length.tolist(),
         patterns=frozenset(segments[:, PATTERN].tolist()),
-        row=on_device[:, ROW].contiguous(),
-        pattern=on_device[:, PATTERN].contiguous(),
         restarts=torch.tensor(segments[restarts, ROW], device=device) if restarts.any() else None,
-        owner=owner,
-        offset=torch.arange(len(owner), device=device) - first[owner],
-        token_row=on_device[owner, ROW],
-        token_block=on_device[owner, BLOCK],
-        lora=on_device[owner, LORA, None].to(dtype) if segments[:, LORA].any() else None,
+        owner=torch.tensor(owner, device=device),
+        offset=torch.tensor(offset, device=device),
+        row=torch.tensor(segments[owner, ROW], device=device),
+        block=torch.tensor(block[owner], device=device),
+        gate=torch.tensor(gate, device=device, dtype=dtype) if gate.any() else None,
+    )
+    return Layout(
+        described,
+        len(owner),
+        None if len(rows) == len(owner) else torch.tensor(rows, device=device),
+        bool(gate.any()),
+        known,
+        [
+            _part(segments, described, logit, members)
+            for kind in Settle
+            for commits in (False, True)
+            if (members := (settle == kind) & ((segments[:, COMMITS] > 0) == commits)).any()
+        ],
+    )
+
+
+def _part(
+    segments: NDArray[np.int64], described: Segments, logit: NDArray[np.int64], members: NDArray[np.bool_]
+) -> Part:
+    """members: [S], whether each segment belongs to the part."""
+    first = int(members.argmax())
+    span, settle = slice(first, first + int(members.sum())), Settle(segments[first, SETTLE])
+    assert members[span].all(), "segments stand in the order of their settle operations"
+    block = segments[span, BLOCK, None]
+    width = 1 if settle in (Settle.KEEP, Settle.SAMPLE) else int(block.max())
+    column = np.arange(width)
+    quadratic = np.flatnonzero(segments[span, PATTERN] == Pattern.QUADRATIC)
+    device = described.row.device
+    return Part(
+        settle=settle,
+        span=span,
+        row=described.row[span].contiguous(),
+        block=described.block[span].contiguous(),
+        logits=torch.tensor(logit[span, None] + np.minimum(column, block - 1), device=device),
+        inside=torch.tensor(column < block, device=device),
+        threshold=described.threshold[span],
+        steps=described.steps[span].contiguous(),
+        commits=bool(segments[first, COMMITS]),
+        quadratic=torch.tensor(quadratic, device=device) if len(quadratic) else None,
     )

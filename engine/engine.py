@@ -10,11 +10,13 @@ from engine.request import Delta, Request
 from engine.scheduler import Scheduler
 from engine.segment import Segment, Settled
 from engine.sequence import Sequence, stop_ids
-from engine.step import pack
+from engine.step import Step, pack
 
 if TYPE_CHECKING:  # whoever only plans, as a simulator does, needs no torch
     from engine.executor import Executor
-    from engine.settle import StepOutput
+    from engine.output import StepOutput
+
+ROUND = 2  # steps that are executed together at most: a draft and its verification
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Engine:
         self.scheduler = Scheduler(self.config, self.sizes.block_length)
         self.sequences: dict[str, Sequence] = {}
         self.steps = 0
-        self._in_flight: deque[tuple[list[Segment], StepOutput]] = deque()
+        self._in_flight: deque[tuple[list[list[Segment]], StepOutput]] = deque()
         self._arrivals = 0
 
     @property
@@ -79,36 +81,49 @@ class Engine:
         self.sequences[request_id].choice = mode
 
     def step(self) -> dict[str, Delta]:
-        """Plans and executes one step and reports the oldest one that is due: at lag 0 the same one. Returns the new
-        tokens of each request that has any, or has ended."""
-        segments = self.scheduler.schedule()
-        if segments:
-            self.steps += 1
-            output = self.executor.run(pack(segments, self.scheduler.started, self.scheduler.granted))
-            self._in_flight.append((segments, output))
-        if self._in_flight and (len(self._in_flight) > self.config.lag or not segments):
+        """Plans and executes one step and reports the oldest one that is due: at lag 0 the same one. A step of nothing
+        but drafts has nothing to report, so the one after it is planned and executed with it. Returns the new tokens of
+        each request that has any, or has ended."""
+        planned: list[list[Segment]] = []
+        steps: list[Step] = []
+        while not planned or (len(planned) < ROUND and _only_drafts(planned[-1])):
+            segments = self.scheduler.schedule()
+            if not segments:
+                break
+            planned.append(segments)
+            steps.append(pack(segments, self.scheduler.started, self.scheduler.granted))
+        if steps:
+            self.steps += len(steps)
+            self._in_flight.append((planned, self.executor.run(steps)))
+        if self._in_flight and (len(self._in_flight) > self.config.lag or not steps):
             return self._report(*self._in_flight.popleft())
         return {}
 
-    def _report(self, segments: list[Segment], output: "StepOutput") -> dict[str, Delta]:
+    def _report(self, planned: list[list[Segment]], output: "StepOutput") -> dict[str, Delta]:
         deltas: dict[str, Delta] = {}
-        for segment, tokens in zip(segments, output.committed(), strict=True):
-            sequence = segment.sequence
-            sequence.in_flight -= 1
-            sequence.uncertain -= segment.commits
-            if sequence.finish_reason is not None:
-                continue  # ended while this segment was on its way
-            if segment.mode is None:
-                new = sequence.append(tokens)
-            else:
-                sequence.forwards += 1
-                new = segment.mode.advance(sequence, Settled(segment, tokens))
-                sequence.decoded += len(new)
-            if sequence.finish_reason is not None:
-                self._finish(sequence, new, deltas)
-            elif new:
-                deltas[sequence.request.id] = Delta(tuple(new))
+        for segments in planned[:-1]:
+            for segment in segments:
+                self._settle(segment, [], deltas)
+        for segment, tokens in zip(planned[-1], output.committed(), strict=True):
+            self._settle(segment, tokens, deltas)
         return deltas
+
+    def _settle(self, segment: Segment, tokens: list[int], deltas: dict[str, Delta]) -> None:
+        sequence = segment.sequence
+        sequence.in_flight -= 1
+        sequence.uncertain -= segment.commits
+        if sequence.finish_reason is not None:
+            return  # ended while this segment was on its way
+        if segment.mode is None:
+            new = sequence.append(tokens)
+        else:
+            sequence.forwards += 1
+            new = segment.mode.advance(sequence, Settled(segment, tokens))
+            sequence.decoded += len(new)
+        if sequence.finish_reason is not None:
+            self._finish(sequence, new, deltas)
+        elif new:
+            deltas[sequence.request.id] = Delta(tuple(new))
 
     def _finish(self, sequence: Sequence, new: list[int], deltas: dict[str, Delta]) -> None:
         self.scheduler.drop(sequence)
@@ -148,3 +163,8 @@ class Engine:
             raise ValueError(f"mode: {mode!r} is not one of auto, {', '.join(MODES)}")
         if request.slo.lossless and not MODES[mode].lossless:
             raise ValueError(f"mode: {mode} is not lossless, which this request's tier demands")
+
+
+def _only_drafts(segments: list[Segment]) -> bool:
+    """Whether the host has nothing to learn of a step before it plans the next."""
+    return all(segment.mode is not None and not segment.commits for segment in segments)

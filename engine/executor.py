@@ -1,11 +1,12 @@
 """What executes steps for an engine: here, a runner in the same process."""
 
+from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from engine.config import EngineConfig, ModelConfig
 from engine.model import Model
+from engine.output import StepOutput
 from engine.runner import Runner
-from engine.settle import StepOutput
 from engine.step import Step
 
 
@@ -18,7 +19,9 @@ class Executor(Protocol):
     @property
     def has_adapter(self) -> bool: ...
 
-    def run(self, step: Step) -> StepOutput: ...
+    def run(self, steps: Seq[Step]) -> StepOutput:
+        """Executes the steps one after the other. All but the last commit nothing; the output is the last one's."""
+        ...
 
 
 class LocalExecutor:
@@ -28,5 +31,5 @@ class LocalExecutor:
         self.model_config, self.has_adapter = model.config, model.has_adapter
         self.runner = Runner(model, config)
 
-    def run(self, step: Step) -> StepOutput:
-        return self.runner.run(step)
+    def run(self, steps: Seq[Step]) -> StepOutput:
+        return self.runner.run(steps)

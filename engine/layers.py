@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from engine.batch import Batch
 from engine.config import ModelConfig, RopeConfig
 from kernels.activation import silu_mul
-from kernels.attention import SegmentAttention, ragged_attention
+from kernels.attention import AttentionPlan, ragged_attention
+from kernels.expand import Expanded
+from kernels.linear import linear
 from kernels.lora import gated_lora_add
 from kernels.norm import add_rms_norm
 from kernels.rope import rope_and_store
@@ -84,18 +84,20 @@ class Layer:
         residual: Tensor | None,
         kv: Tensor,
         rope: RopeTable,
-        attention: list[SegmentAttention],
-        batch: Batch,
+        attention: AttentionPlan,
+        batch: Expanded,
         config: ModelConfig,
+        exact: bool,
     ) -> tuple[Tensor, Tensor]:
         """x: [T, hidden], what the layer before adds to the residual stream. kv: [pages, page_size, 2 * kv_heads,
         head_dim]. Returns this layer's addition and the stream before it."""
         x, residual = add_rms_norm(x, residual, self.input_norm, config.rms_norm_eps)
-        qkv = F.linear(x, self.qkv).view(len(x), -1, config.head_dim)
+        qkv = linear(x, self.qkv, exact=exact).view(len(x), -1, config.head_dim)
         q = rope_and_store(qkv, rope.cos, rope.sin, rope.scale, kv, batch.slots, config.num_heads)
         attended = ragged_attention(q, kv, attention)
-        x = F.linear(attended, self.o)
-        if batch.layout.lora is not None and self.lora_a is not None and self.lora_b is not None:
-            x = gated_lora_add(x, attended, self.lora_a, self.lora_b, batch.layout.lora)
+        x = linear(attended, self.o, exact=exact)
+        if batch.gate is not None and self.lora_a is not None and self.lora_b is not None:
+            x = gated_lora_add(x, attended, self.lora_a, self.lora_b, batch.gate)
         x, residual = add_rms_norm(x, residual, self.post_norm, config.rms_norm_eps)
-        return F.linear(silu_mul(F.linear(x, self.gate_up)), self.down), residual
+        inner = silu_mul(linear(x, self.gate_up, exact=exact))
+        return linear(inner, self.down, exact=exact), residual

@@ -1,21 +1,26 @@
 """The network: one forward for all modes, since a batch says of each token what it sees."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import Layout
 from engine.config import ModelConfig
 from engine.layers import Layer, rope_table
-from kernels.attention import SegmentAttention, plan_attention
+from kernels.attention import AttentionPlan, Ragged, plan_attention
+from kernels.expand import Expanded
+from kernels.linear import linear
 from kernels.norm import add_rms_norm
 
 
 class Model:
     """Weights and rotary tables of one rank. positions: how many the tables cover."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], positions: int) -> None:
-        self.config = config
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, Tensor], positions: int, exact: bool = False
+    ) -> None:
+        """exact: a token's logits do not depend on the other tokens of a step, to the bit; on a CPU in float64 or
+        float32 they hardly do anyway."""
+        self.config, self.exact = config, exact
         self.embedding = weights["encoder.embed_tokens.weight"]
         self.norm = weights["encoder.norm.weight"]
         self.output = weights["diffusion_head.weight"]
@@ -27,29 +32,38 @@ class Model:
     def has_adapter(self) -> bool:
         return self.layers[0].lora_a is not None
 
-    def plan(self, batch: Batch, page_size: int) -> list[SegmentAttention]:
-        """What the attention of every layer needs to know of a batch."""
-        lengths, groups = batch.layout.lengths, self.config.num_heads // self.config.num_kv_heads
+    def plan(self, batch: Expanded, layout: Layout, pages: Tensor, page_size: int) -> AttentionPlan:
+        """What the attention of every layer needs to know of a batch. pages: the page table of all rows."""
+        segments, known, config = layout.segments, layout.known, self.config
+        ragged = Ragged(
+            segments.first,
+            segments.length,
+            batch.context,
+            segments.row,
+            batch.open,
+            batch.upto,
+            batch.lo,
+            batch.hi,
+            pages,
+            None if known is None else known.lengths,
+        )
         return plan_attention(
-            lengths, batch.context, batch.upto, batch.lo, batch.hi, batch.pages, page_size, groups, self.dtype
+            ragged, page_size, config.num_heads, config.num_kv_heads, config.head_dim, self.dtype, self.exact
         )
 
-    def forward(self, batch: Batch, kv: Tensor, attention: list[SegmentAttention]) -> Tensor:
+    def forward(self, batch: Expanded, kv: Tensor, attention: AttentionPlan) -> Tensor:
         """Runs all query tokens. kv: [layers, pages, page_size, 2 * kv_heads, head_dim], read and written.
         Returns the normalised hidden states, [T, hidden]."""
         rope = self.rope.at(batch.positions)
         x, residual = self.embedding[batch.token_ids], None
-        for layer, cache in zip(self.layers, kv, strict=True):
-            x, residual = layer.forward(x, residual, cache, rope, attention, batch, self.config)
+        for layer, cache in zip(self.layers, kv.unbind(), strict=True):
+            x, residual = layer.forward(x, residual, cache, rope, attention, batch, self.config, self.exact)
         return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of the given rows: [R, hidden] to [R, vocab], float32 at least, -inf for the mask token."""
-        logits = F.linear(hidden, self.output)
-        if logits.dtype is torch.bfloat16:
-            logits = logits.float()
-        logits[:, self.config.mask_id] = float("-inf")
-        return logits
+        """Logits of the given rows: [R, hidden] to [R, vocab], float32 at least."""
+        wide = torch.float32 if self.dtype is torch.bfloat16 else None
+        return linear(hidden, self.output, out_dtype=wide, exact=self.exact)
 
 
 def _layer(weights: dict[str, Tensor], index: int) -> Layer:

@@ -1,51 +1,136 @@
 """One rank: the model, the KV memory and the device tables. Executes steps in order; plans nothing."""
 
 import time
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.batch import expand
+from engine.batch import Layout, layout
 from engine.config import CheckpointError, EngineConfig, ModelConfig, Sizes
+from engine.graphs import ROUND_TOKENS, Graphs
 from engine.model import Model
-from engine.settle import Settler, StepOutput
+from engine.output import StepOutput, to_host
 from engine.state import Tables
-from engine.step import Step
+from engine.step import LENGTH, Step
 from engine.weights import load_weights
+from kernels.backend import on_triton
+from kernels.expand import expand
+from kernels.settle import settle
+from kernels.vocabulary import choose
 
 
 class Runner:
-    """Runs packed steps. `forward_seconds` adds up the time inside the model's forward and head."""
+    """Runs packed steps. `forward_seconds` adds up the time inside the model's forward and head on a CPU."""
 
     def __init__(self, model: Model, config: EngineConfig) -> None:
         self.model, self.page_size = model, config.page_size
         sizes = Sizes.of(config, model.config)
         length = sizes.max_model_len + sizes.slack
         columns = -(-length // config.page_size)
-        canvas = max(sizes.block_length, config.quadratic_block_length)
-        self.tables = Tables(config.max_running, length, columns, canvas, model.config.mask_id, model.device)
+        self.canvas = max(sizes.block_length, config.quadratic_block_length)
         geometry, pages = model.config, config.kv_tokens // config.page_size
-        shape = (geometry.num_layers, pages, config.page_size, 2 * geometry.num_kv_heads, geometry.head_dim)
+        self.tables = Tables(
+            config.max_running, length, columns, self.canvas, geometry.mask_id, pages, model.device
+        )
+        # the last page is the padding's
+        shape = (
+            geometry.num_layers,
+            pages + 1,
+            config.page_size,
+            2 * geometry.num_kv_heads,
+            geometry.head_dim,
+        )
         self.kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.forward_seconds = 0.0
+        self.graphs: Graphs | None = None
+        if on_triton(self.kv):
+            limit = min(config.max_batch_tokens, columns * config.page_size)
+            scratch_row = self.tables.scratch_row
+            self.graphs = Graphs(self._execute, config.max_running, scratch_row, limit, model.device)
 
     @torch.inference_mode()
-    def run(self, step: Step) -> StepOutput:
-        """Executes a step; its output may still be on the device."""
-        self.tables.update(step)
-        batch = expand(step, self.tables, self.page_size, self.model.dtype)
-        attention = self.model.plan(batch, self.page_size)
+    def run(self, steps: Seq[Step]) -> StepOutput:
+        """Executes the steps one after the other; the last one's output, which may still be on its way."""
+        if self._one_graph(steps):
+            assert self.graphs is not None
+            for step in steps:
+                self.tables.update(step)
+            return to_host(self.graphs.run(steps))
+        for step in steps:
+            self.tables.update(step)
+            packed = self._run(step)
+        return to_host(packed)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Records all graphs that serving needs. Without CUDA there are none."""
+        if self.graphs is not None and self.kv.is_cuda:
+            for key in self.graphs.keys(self.model.has_adapter):
+                self.graphs.capture(key)
+
+    def _one_graph(self, steps: Seq[Step]) -> bool:
+        # a sequence that starts may take the row of one whose draft has not been run yet
+        return (
+            self.graphs is not None
+            and len(steps) > 1
+            and all(step.segments[:, LENGTH].sum() <= ROUND_TOKENS for step in steps)
+            and not any(len(step.rows) for step in steps[1:])
+        )
+
+    def _run(self, step: Step) -> Tensor:
+        if self.graphs is not None and self.graphs.shape(step) is not None:
+            return self.graphs.run([step])
+        confident = step.confident
+        return self._execute(
+            layout(step, self.model.device, self.model.dtype), step.greedy, step.filtered, confident
+        )
+
+    def _execute(
+        self, layout: Layout, greedy: bool = False, filtered: bool = True, confident: bool = True
+    ) -> Tensor:
+        """One forward and what ends its segments. The last three are hints, as in `choose`."""
+        tables, known = self.tables, layout.known
+        batch = expand(
+            layout.segments,
+            known,
+            layout.query_tokens,
+            tables.tokens,
+            tables.cached,
+            tables.passes,
+            tables.pages,
+            self.page_size,
+            tables.mask_id,
+            self.canvas,
+            self.model.dtype if layout.lora else None,
+        )
+        attention = self.model.plan(batch, layout, tables.pages, self.page_size)
         start = time.perf_counter()
         hidden = self.model.forward(batch, self.kv, attention)
+        row, target = batch.row, batch.target
+        if layout.rows is not None:
+            hidden, row, target = hidden[layout.rows], row[layout.rows], target[layout.rows]
+        logits = self.model.head(hidden) if len(hidden) else hidden
         self.forward_seconds += time.perf_counter() - start
-        return Settler(step, batch, self.tables, hidden, self._head).run()
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        start = time.perf_counter()
-        logits = self.model.head(hidden)
-        self.forward_seconds += time.perf_counter() - start
-        return logits
+        said, sure = row, hidden
+        if len(logits):
+            said, sure = choose(
+                logits, row, target, tables.sampling, tables.mask_id, greedy, filtered, confident
+            )
+        return settle(
+            layout.segments,
+            layout.parts,
+            batch.context,
+            batch.open,
+            said,
+            sure,
+            tables.tokens,
+            tables.cached,
+            tables.passes,
+            tables.mask_id,
+            self.canvas,
+        )
 
 
 def load_model(config: EngineConfig) -> Model:

@@ -64,7 +64,7 @@ class Scheduler:
             self._launch(segment)
         served = {id(segment.sequence) for segment in planned}
         self.running = deque(sorted(self.running, key=lambda s: id(s) in served))
-        return sorted(planned, key=lambda segment: (segment.settle, segment.query_tokens))
+        return sorted(planned, key=lambda s: (s.settle, s.commits > 0, s.query_tokens))
 
     def _choose_modes(self, prefill_waits: bool) -> int:
         decoding = [s for s in self.running if s.decoding]
@@ -77,6 +77,8 @@ class Scheduler:
     def _start_waiting(self) -> None:
         while self.waiting and self._rows:
             sequence = self.waiting[0]
+            if sequence.in_flight:
+                return  # preempted with a step on its way, which may still bring tokens
             # a sequence that starts without room for its first segment beside the others' next would be preempted
             if self.running and sum(map(self._wanting, [*self.running, sequence])) > self.pool.free:
                 return

@@ -14,25 +14,29 @@ class Pattern(IntEnum):
 
     CAUSAL: each token itself and those before. CANVAS: every token all others, while the canvas still has masks;
     a canvas without masks is run causally, so that its KV can be kept. QUADRATIC: `block` drafts, causal, then
-    `block` groups of `block` masks; group g sees itself and the drafts 0..g.
+    `block` groups of `block` masks; group g sees itself and the drafts 0..g. PAD fills a batch up and is nobody's.
+    The codes are those of kernels/expand.py.
     """
 
     CAUSAL = 0
     CANVAS = 1
     QUADRATIC = 2
+    PAD = 3
 
 
 class Settle(IntEnum):
-    """What ends the segment on the device, in the order in which a batch holds its segments.
+    """What ends the segment on the device, in the order in which a step holds its segments.
 
     KEEP: the KV alone (a prefill chunk). SAMPLE: the next token. DENOISE: commit confident tokens into the canvas, or
-    the whole canvas if it had no masks left. VERIFY: the longest accepted prefix and one token more.
+    the whole canvas if it had no masks left. VERIFY: the longest accepted prefix and one token more. NOTHING: what
+    padding does. The codes are those of kernels/settle.py.
     """
 
     KEEP = 0
     SAMPLE = 1
     DENOISE = 2
     VERIFY = 3
+    NOTHING = 4
 
 
 @dataclass(frozen=True, slots=True)

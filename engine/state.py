@@ -1,6 +1,8 @@
 """The device tables: one row per running sequence, read and written by every step without the host."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.step import (
@@ -13,63 +15,79 @@ from engine.step import (
     TOP_P,
     Step,
 )
+from kernels.vocabulary import Sampling
 
 
 class Tables:
-    """State of `rows` sequences of at most `length` tokens, slack included.
+    """State of `rows` sequences of at most `length` tokens, slack included, and of one row more, for padding.
 
-    tokens: [rows, length] int64: prompt, answer, then the canvas or the drafts, then mask tokens. cached: [rows]
-    tokens with causal KV, so tokens[row, cached] is the seed token at a seam. passes: [rows] denoise passes of the
-    open canvas. pages: [rows, columns] KV page ids. The rest are sampling parameters, one per row.
+    tokens: [rows + 1, length] int64: prompt, answer, then the canvas or the drafts, then mask tokens.
+    cached: [rows + 1] tokens with causal KV, so tokens[row, cached] is the seed token at a seam. passes: [rows + 1]
+    denoise passes of the open canvas. pages: [rows + 1, columns + 1] KV page ids; the last column is spare, so that a
+    kernel may look one page ahead. sampling: parameters, one per row.
     """
 
     def __init__(
-        self, rows: int, length: int, columns: int, canvas: int, mask_id: int, device: torch.device
+        self,
+        rows: int,
+        length: int,
+        columns: int,
+        canvas: int,
+        mask_id: int,
+        scratch_page: int,
+        device: torch.device,
     ) -> None:
-        """canvas: the longest block of any mode, its seed token included. columns: of the page table."""
-        self.mask_id, self.canvas = mask_id, canvas
-        self.tokens = torch.full((rows, length), mask_id, device=device)
-        self.cached = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.passes = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.pages = torch.zeros(rows, columns, dtype=torch.int64, device=device)
-        self.seed = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.temperature = torch.zeros(rows, device=device)
-        self.top_k = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.top_p = torch.ones(rows, device=device)
-        self.min_p = torch.zeros(rows, device=device)
+        """canvas: the longest block of any mode, its seed token included. columns: of the page table. scratch_page:
+        where padding writes."""
+        self.mask_id, self.canvas, self.scratch_row, self.device = mask_id, canvas, rows, device
+        self.tokens = torch.full((rows + 1, length), mask_id, device=device)
+        self.cached = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self.passes = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self.pages = torch.zeros(rows + 1, columns + 1, dtype=torch.int64, device=device)
+        self.pages[rows] = scratch_page
+        self.sampling = Sampling(
+            temperature=torch.zeros(rows + 1, device=device),
+            top_k=torch.zeros(rows + 1, dtype=torch.int64, device=device),
+            top_p=torch.ones(rows + 1, device=device),
+            min_p=torch.zeros(rows + 1, device=device),
+            seed=torch.zeros(rows + 1, dtype=torch.int64, device=device),
+        )
 
     def update(self, step: Step) -> None:
         """Fills the rows of sequences that start and enters newly granted pages."""
         if len(step.rows):
             self._start(step)
         if len(step.grants):
-            row, column, page = torch.from_numpy(step.grants).to(self.cached.device).unbind(1)
+            row, column, page = to_device(step.grants.T, self.device)
             self.pages[row, column] = page
 
-    def void_canvases(self, row: Tensor) -> None:
-        """Turns what stands after the seed tokens of the rows [R] back into masks."""
-        behind = self.cached[row, None] + torch.arange(1, self.canvas, device=row.device)
-        self.tokens[row[:, None], behind] = self.mask_id
-        self.passes[row] = 0
-
     def _start(self, step: Step) -> None:
-        device = self.cached.device
-        rows, sampling = (
-            torch.from_numpy(step.rows).to(device),
-            torch.from_numpy(step.sampling).to(device).float(),
+        rows = to_device(step.rows.T, self.device)
+        sampling = to_device(step.sampling.T, self.device).float()
+        row = rows[ROW_ID]
+        length = step.rows[:, ROW_TOKENS]
+        place = np.stack(
+            (
+                np.repeat(step.rows[:, ROW_ID], length),
+                np.arange(len(step.tokens)) - np.repeat(length.cumsum() - length, length),
+                step.tokens,
+            )
         )
-        row = rows[:, ROW_ID]
+        owner, column, token = to_device(place, self.device)
         self.tokens[row] = self.mask_id
-        length = rows[:, ROW_TOKENS]
-        owner = torch.repeat_interleave(row, length)
-        column = torch.arange(len(step.tokens), device=device) - torch.repeat_interleave(
-            length.cumsum(0) - length, length
-        )
-        self.tokens[owner, column] = torch.from_numpy(step.tokens).to(device)
+        self.tokens[owner, column] = token
         self.cached[row] = 0
         self.passes[row] = 0
-        self.seed[row] = rows[:, ROW_SEED]
-        self.top_k[row] = rows[:, ROW_TOP_K]
-        self.temperature[row] = sampling[:, TEMPERATURE]
-        self.top_p[row] = sampling[:, TOP_P]
-        self.min_p[row] = sampling[:, MIN_P]
+        self.sampling.seed[row] = rows[ROW_SEED]
+        self.sampling.top_k[row] = rows[ROW_TOP_K]
+        self.sampling.temperature[row] = sampling[TEMPERATURE]
+        self.sampling.top_p[row] = sampling[TOP_P]
+        self.sampling.min_p[row] = sampling[MIN_P]
+
+
+def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.segment import Segment
+from engine.segment import Segment, Settle
 from engine.sequence import Sequence
 
 # columns of Step.segments
@@ -21,7 +21,8 @@ TEMPERATURE, TOP_P, MIN_P = range(3)
 class Step:
     """One forward of every rank.
 
-    segments: [S, 9] int64, one row a segment, in order of settle operation and length; columns as named above.
+    segments: [S, 9] int64, one row a segment, in order of settle operation, whether they may commit, and
+    length; columns as named above.
     thresholds: [S] float64. grants: [G, 3] int64, (row, column, page). rows: [N, 4] int64 and sampling: [N, 3] float64,
     sequences that start in a row; tokens: their prompts, one after the other. greedy, filtered: whether all rows of
     the batch are greedy, and whether any has a filter.
@@ -35,6 +36,16 @@ class Step:
     tokens: NDArray[np.int64]
     greedy: bool
     filtered: bool
+
+    @property
+    def confident(self) -> bool:
+        """Whether any segment commits by confidence."""
+        return bool(((self.segments[:, SETTLE] == Settle.DENOISE) & (self.segments[:, COMMITS] > 0)).any())
+
+
+def padding_step() -> Step:
+    """A step without segments."""
+    return pack([], [], [])
 
 
 def pack(segments: Seq[Segment], started: Seq[Sequence], granted: Seq[tuple[int, int, int]]) -> Step:

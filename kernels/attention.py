@@ -5,6 +5,7 @@ A query token sees its sequence's whole cached context and, inside its own segme
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +23,30 @@ class SegmentAttention:
     bias: Tensor | None  # [1, 1, groups * length, keys], 0 or -inf; None where everything is visible
 
 
+class Ragged(NamedTuple):
+    first: Tensor
+    length: Tensor
+    context: Tensor
+    row: Tensor
+    open: Tensor
+    upto: Tensor
+    lo: Tensor | None
+    hi: Tensor | None
+    pages: Tensor
+    lengths: list[int] | None
+
+
+AttentionPlan = list[SegmentAttention]
+
+
 def plan_attention(
-    lengths: list[int],
-    context: Tensor,
-    upto: Tensor,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    page_table: Tensor,
+    ragged: Ragged,
     page_size: int,
-    groups: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
     dtype: torch.dtype,
+    exact: bool,
 ) -> list[SegmentAttention]:
     """Works out, once per step, what every layer's attention needs.
 
@@ -39,7 +54,11 @@ def plan_attention(
     the segment's first token (lo, hi may be None where no token uses them). page_table: [S, P] int64 page ids.
     groups: query heads per KV head. dtype: of the queries.
     """
+    lengths, context, groups = ragged.lengths, ragged.context, heads // kv_heads
+    upto, lo, hi = ragged.upto, ragged.lo, ragged.hi
+    assert lengths is not None
     plan: list[SegmentAttention] = []
+    page_table = ragged.pages[ragged.row]
     start = 0
     for segment, (length, cached) in enumerate(zip(lengths, context.tolist(), strict=True)):
         tokens = slice(start, start + length)

@@ -4,6 +4,8 @@ The noise is a function of (seed, absolute position, token id) alone, so that dr
 block length see the same draw, and a token sampled anywhere is the token AR decoding would have sampled.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -52,28 +54,36 @@ def keep_filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     return logits.masked_fill(logits < lowest, float("-inf"))
 
 
+class Sampling(NamedTuple):
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+
+
 def choose(
     logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
+    row: Tensor,
     position: Tensor,
+    sampling: Sampling,
+    mask_id: int,
+    greedy: bool,
     filtered: bool,
-) -> Tensor:
-    """The token of each row: argmax(logits / T + noise) among what the filters leave; argmax(logits) where T is 0.
-
-    logits: [R, V] with -inf for the mask token. temperature, top_p, min_p: [R]. top_k, seed, position: [R] int64.
-    filtered: whether any row has a filter. Returns [R] int64.
-    """
-    greedy = temperature == 0
-    # from the maximum down, so that no temperature, however small, overflows
-    scaled = (logits - logits.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)[:, None]
-    if filtered:
-        scaled = keep_filtered(scaled, top_k, top_p, min_p)
-    noisy = scaled + gumbel_noise(seed, position, logits.shape[-1])
-    return torch.where(greedy, logits.argmax(-1), noisy.argmax(-1))
+    confident: bool,
+) -> tuple[Tensor, Tensor]:
+    logits[:, mask_id] = float("-inf")
+    if greedy:
+        token = logits.argmax(-1)
+    else:
+        t = sampling.temperature[row]
+        cold = t == 0
+        scaled = (logits - logits.amax(-1, keepdim=True)) / torch.where(cold, 1.0, t)[:, None]
+        if filtered:
+            scaled = keep_filtered(scaled, sampling.top_k[row], sampling.top_p[row], sampling.min_p[row])
+        noisy = scaled + gumbel_noise(sampling.seed[row], position, logits.shape[-1])
+        token = torch.where(cold, logits.argmax(-1), noisy.argmax(-1))
+    return token, confidence(logits, token) if confident else logits[:, 0]
 
 
 def confidence(logits: Tensor, tokens: Tensor) -> Tensor:

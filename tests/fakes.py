@@ -14,9 +14,9 @@ from engine.config import EngineConfig, ModelConfig, RopeConfig, Sizes
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.model import Model
+from engine.output import StepOutput
 from engine.request import Delta, Request
 from engine.segment import Pattern
-from engine.settle import StepOutput
 from engine.step import BLOCK, PATTERN, ROW, Step
 from engine.weights import expected_shapes
 
@@ -87,13 +87,14 @@ class DrafterExecutor(LocalExecutor):
         super().__init__(model, config)
         self.drafter = drafter
 
-    def run(self, step: Step) -> StepOutput:
-        output = super().run(step)
+    def run(self, steps: Sequence[Step]) -> StepOutput:
         tables = self.runner.tables
-        for segment in step.segments[step.segments[:, PATTERN] == Pattern.CANVAS]:
-            row, cached = int(segment[ROW]), int(tables.cached[segment[ROW]])
-            for position in range(cached + 1, cached + int(segment[BLOCK])):
-                tables.tokens[row, position] = self.drafter(row, position)
+        for step in steps:
+            output = super().run([step])
+            for segment in step.segments[step.segments[:, PATTERN] == Pattern.CANVAS]:
+                row, cached = int(segment[ROW]), int(tables.cached[segment[ROW]])
+                for position in range(cached + 1, cached + int(segment[BLOCK])):
+                    tables.tokens[row, position] = self.drafter(row, position)
         return output
 
 

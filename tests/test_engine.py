@@ -215,8 +215,8 @@ def test_a_full_memory_costs_few_restarts(mode: ModeChoice) -> None:
     while not engine.idle:
         segments = engine.scheduler.schedule()
         prefilled += sum(segment.block for segment in segments if segment.mode is None)
-        output = engine.executor.run(pack(segments, engine.scheduler.started, engine.scheduler.granted))
-        engine._report(segments, output)
+        output = engine.executor.run([pack(segments, engine.scheduler.started, engine.scheduler.granted)])
+        engine._report([segments], output)
     assert prefilled <= 3 * 600  # three times what the prompts need
 
 

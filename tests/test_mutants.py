@@ -1,55 +1,50 @@
 """The suite has teeth: a wrong mask, position or noise index does not get past it."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import Batch, expand
 from engine.config import SamplingParams
-from engine.state import Tables
-from engine.step import Step
+from kernels.expand import Expanded, expand
 from kernels.verify import accepted
 from kernels.vocabulary import choose
 from test_exactness import check_lossless
 from test_model import check_step
 
-Mutant = Callable[[Batch], Batch]
+Mutant = Callable[[Expanded], Expanded]
 
 
-def looks_ahead(batch: Batch) -> Batch:
+def looks_ahead(batch: Expanded) -> Expanded:
     """Every token sees the one after it as well."""
-    return replace(batch, upto=batch.upto + 1)
+    return batch._replace(upto=batch.upto + 1)
 
 
-def forgets_itself(batch: Batch) -> Batch:
+def forgets_itself(batch: Expanded) -> Expanded:
     """No token but a segment's first sees itself."""
-    return replace(batch, upto=(batch.upto - 1).clamp(min=1))
+    return batch._replace(upto=(batch.upto - 1).clamp(min=1))
 
 
-def wrong_group(batch: Batch) -> Batch:
+def wrong_group(batch: Expanded) -> Expanded:
     """A mask group sees one draft too many."""
     if batch.lo is None:
         return batch
-    return replace(batch, upto=torch.where(batch.lo > 0, batch.upto + 1, batch.upto))
+    return batch._replace(upto=torch.where(batch.lo > 0, batch.upto + 1, batch.upto))
 
 
-def shifted_positions(batch: Batch) -> Batch:
+def shifted_positions(batch: Expanded) -> Expanded:
     """Every segment longer than a token stands one position late."""
-    late = torch.repeat_interleave(
-        torch.tensor([int(n > 1) for n in batch.layout.lengths]), torch.tensor(batch.layout.lengths)
-    )
-    return replace(batch, positions=batch.positions + late)
+    late = ((batch.row[:, None] == batch.row).sum(1) > 1).long()
+    return batch._replace(positions=batch.positions + late)
 
 
-def unanchored_groups(batch: Batch) -> Batch:
+def unanchored_groups(batch: Expanded) -> Expanded:
     """Mask groups stand one position early."""
     if batch.lo is None:
         return batch
-    return replace(batch, positions=torch.where(batch.lo > 0, batch.positions - 1, batch.positions))
+    return batch._replace(positions=torch.where(batch.lo > 0, batch.positions - 1, batch.positions))
 
 
 def everything() -> None:
@@ -69,8 +64,8 @@ def test_the_core_passes_as_it_is() -> None:
     "mutant", [looks_ahead, forgets_itself, wrong_group, shifted_positions, unanchored_groups]
 )
 def test_a_mutant_mask_or_position_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(step: Step, tables: Tables, page_size: int, dtype: torch.dtype) -> Batch:
-        return mutant(expand(step, tables, page_size, dtype))
+    def wrong(*arguments: Any) -> Expanded:
+        return mutant(expand(*arguments))
 
     monkeypatch.setattr("engine.runner.expand", wrong)
     with pytest.raises(AssertionError):
@@ -80,18 +75,18 @@ def test_a_mutant_mask_or_position_is_caught(mutant: Mutant, monkeypatch: pytest
 def test_a_mutant_noise_index_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that depends on where a row stands in its batch instead of its position in the text."""
 
-    def by_row(*arguments: Any) -> Tensor:
-        logits, temperature, top_k, top_p, min_p, seed, _, filtered = arguments
-        row = torch.arange(len(logits))
-        return choose(logits, temperature, top_k, top_p, min_p, seed, row, filtered)
+    def by_row(logits: Tensor, row: Tensor, position: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return choose(logits, row, torch.arange(len(logits)), *rest)
 
-    monkeypatch.setattr("engine.settle.choose", by_row)
+    monkeypatch.setattr("engine.runner.choose", by_row)
     with pytest.raises(AssertionError):
         everything()
 
 
 def test_a_mutant_acceptance_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """One drafted token too many is believed."""
-    monkeypatch.setattr("engine.settle.accepted", lambda d, s: (accepted(d, s) + 1).clamp(max=s.shape[1] - 1))
+    monkeypatch.setattr(
+        "kernels.settle.accepted", lambda d, s: (accepted(d, s) + 1).clamp(max=s.shape[1] - 1)
+    )
     with pytest.raises(AssertionError):
         everything()

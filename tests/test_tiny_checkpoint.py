@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
 from engine.config import EngineConfig, ModeChoice, SamplingParams
 from engine.engine import Engine
 from engine.executor import LocalExecutor
@@ -19,7 +18,8 @@ from engine.tiny import network
 from engine.tiny.tasks import evaluation_tasks
 from engine.tokenizer import Tokenizer
 from fakes import run
-from kernels.attention import SegmentAttention
+from kernels.attention import AttentionPlan
+from kernels.expand import Expanded
 
 CONFIG = EngineConfig(block_length=16)
 GREEDY = SamplingParams(temperature=0, max_tokens=160)
@@ -94,7 +94,7 @@ def test_the_engines_logits_are_those_of_the_network_that_was_trained(
     seen: list[Tensor] = []
     forward = model.forward
 
-    def watch(batch: Batch, kv: Tensor, attention: list[SegmentAttention]) -> Tensor:
+    def watch(batch: Expanded, kv: Tensor, attention: AttentionPlan) -> Tensor:
         seen.append(forward(batch, kv, attention))
         return seen[-1]
 

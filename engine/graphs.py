@@ -1,0 +1,110 @@
+"""CUDA graphs of whole steps: one for each number of query tokens, since nothing else shapes a launch.
+
+A step is filled up to the next captured size. Lengths, patterns, pages, sampling parameters and the adapter's gates are
+device tensors, so that one graph serves all mixtures of modes. A draft and its verification, which the host plans
+together, are one graph. Without CUDA the same buffers are filled and the same code runs eagerly.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.batch import FIELDS, Layout, padded_layout, unpack_layout
+from engine.step import LENGTH, LORA, Step, padding_step
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512)
+ROUND_TOKENS = 128  # query tokens of a step up to which a draft and its verification are one graph
+
+Shape = tuple[int, bool]  # query tokens, and whether the draft adapter is on
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
+
+
+class Graphs:
+    """Runs steps of up to `limit` query tokens for `rows` running sequences."""
+
+    def __init__(
+        self,
+        execute: Callable[[Layout], Tensor],
+        rows: int,
+        scratch_row: int,
+        limit: int,
+        device: torch.device,
+    ) -> None:
+        """execute: a layout to the packed output of its step."""
+        self.execute, self.rows, self.scratch_row, self.device = execute, rows, scratch_row, device
+        self.sizes = [size for size in SIZES if size < limit] + [min(limit, SIZES[-1])]
+        self._inputs: dict[tuple[int, int], Tensor] = {}
+        self._captured: dict[tuple[Shape, ...], _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def size(self, query_tokens: int) -> int | None:
+        """The captured size that holds so many query tokens; None if none does."""
+        return next((size for size in self.sizes if size >= query_tokens), None)
+
+    def shape(self, step: Step) -> Shape | None:
+        """What decides which graph a step takes; None if it is too large for any."""
+        size = self.size(int(step.segments[:, LENGTH].sum()))
+        return None if size is None else (size, bool(step.segments[:, LORA].any()))
+
+    def run(self, steps: Seq[Step]) -> Tensor:
+        """Executes steps that have a shape, one after the other; the last one's output, valid until the next run."""
+        key = tuple(shape for step in steps if (shape := self.shape(step)) is not None)
+        assert len(key) == len(steps)
+        if self.device.type == "cuda" and key not in self._captured:
+            self.capture(key)
+        self._fill(steps, key)
+        if self.device.type != "cuda":
+            return self._body(key)
+        captured = self._captured[key]
+        captured.graph.replay()
+        return captured.output
+
+    def keys(self, adapter: bool) -> list[tuple[Shape, ...]]:
+        """What a server captures at its start: every size, with the adapter if there is one, and the rounds."""
+        keys: list[tuple[Shape, ...]] = []
+        for size in reversed(self.sizes):  # the largest first, whose memory the others use again
+            keys += [((size, lora),) for lora in ((False, True) if adapter else (False,))]
+            if size <= ROUND_TOKENS:
+                keys.append(((size, adapter), (size, False)))
+        return keys
+
+    def capture(self, key: tuple[Shape, ...]) -> None:
+        """Records a graph on steps of nothing but padding."""
+        self._fill([padding_step() for _ in key], key)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._body(key)  # compiles what is to be captured
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            output = self._body(key)
+        self._captured[key] = _Captured(graph, output)
+
+    def _body(self, key: tuple[Shape, ...]) -> Tensor:
+        outputs = [
+            self.execute(unpack_layout(self._input(slot, size), size, None, lora))
+            for slot, (size, lora) in enumerate(key)
+        ]
+        return outputs[-1]
+
+    def _fill(self, steps: Seq[Step], key: tuple[Shape, ...]) -> None:
+        for slot, (step, (size, _)) in enumerate(zip(steps, key, strict=True)):
+            there = self._input(slot, size)
+            packed = torch.from_numpy(padded_layout(step, size, there.shape[1], self.scratch_row))
+            there.copy_(packed.pin_memory() if there.is_cuda else packed, non_blocking=True)
+
+    def _input(self, slot: int, size: int) -> Tensor:
+        """The buffer from which the graphs of a size read the step in that place of a round."""
+        if (slot, size) not in self._inputs:
+            count = min(size, self.rows) + 1
+            self._inputs[slot, size] = torch.zeros(FIELDS, count, dtype=torch.int64, device=self.device)
+        return self._inputs[slot, size]

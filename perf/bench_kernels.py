@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from engine.batch import Layout, layout
-from kernels import attention
+from kernels import attention, backend
 from kernels.attention import Ragged, plan_attention, ragged_attention
 from kernels.backend import on_triton
 from kernels.commit import commit
@@ -84,7 +84,7 @@ class Machine(NamedTuple):
 class Part(NamedTuple):
     """Segments of a batch that are alike."""
 
-    count: int
+    segments: int
     length: int  # query tokens, at least
     context: int
     pattern: str = "causal"  # or block, or quadratic, whose length is that of its block
@@ -98,7 +98,7 @@ class Batch:
         lengths, contexts, upto, lo, hi = [], [], [], [], []
         for part in parts:
             see = visibility(part)
-            for _ in range(part.count):
+            for _ in range(part.segments):
                 lengths.append(len(see))
                 contexts.append(part.context)
                 upto += [row[0] for row in see]
@@ -118,7 +118,7 @@ class Batch:
             length=length,
             context=ints(contexts),
             row=torch.arange(count, device=device),
-            open=ints([part.pattern != "causal" for part in parts for _ in range(part.count)]).bool(),
+            open=ints([part.pattern != "causal" for part in parts for _ in range(part.segments)]).bool(),
             upto=ints(upto),
             lo=ints(lo),
             hi=ints(hi),
@@ -132,7 +132,7 @@ class Batch:
         self.kv_bytes = sum(self.keys) * 2 * kv_heads * dim * self.kv.element_size()
         self.flops = 4 * heads * dim * sum(k * n for k, n in zip(self.keys, lengths, strict=True))
         self.padded_q = torch.zeros(count, max(lengths), heads, dim, device=device, dtype=here.dtype)
-        for index, rows in enumerate(self.q.split(lengths)):
+        for index, rows in enumerate(torch.split(self.q, lengths)):
             self.padded_q[index, : len(rows)] = rows
         self.padded_q = self.padded_q.transpose(1, 2)
         self.visible = self._visible()
@@ -267,6 +267,8 @@ def compared(
     ours = timings.pop("ours")
     if ours.seconds is None:
         raise RuntimeError(f"{suite} {shape}: {ours.note}")
+    if here.device.type != "cuda":  # where caches hold everything, and the bars are a GPU's
+        floor, bar = None, ""
     for other, timing in timings.items():
         yield Row(suite, shape, other, ours.seconds, timing.seconds, floor, bar, timing.note)
 
@@ -319,12 +321,11 @@ def own_shapes(here: Machine) -> list[tuple[str, list[Part]]]:
 
 def staged(run: Call, stages: int) -> Call:
     """The call with another depth of the prefetch."""
-    real = attention.launch
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         if "STAGES" in options:
             options |= {"STAGES": stages, "num_stages": stages}
-        real(kernel, grid, *args, **options)
+        backend.launch(kernel, grid, *args, **options)
 
     def call() -> object:
         with patch.object(attention, "launch", launch):

@@ -24,19 +24,15 @@ def engine_launches(size: str, tokens: Iterable[int], exact: bool = False) -> li
     with tempfile.TemporaryDirectory() as folder:
         geometry = write_config(Path(folder), size, num_hidden_layers=2)
     config = EngineConfig(
-        dtype="bfloat16", page_size=64, kv_tokens=2**16, max_model_len=2**15, max_running=64, exact=exact
+        dtype="bfloat16", page_size=64, kv_tokens=2**16, max_model_len=2**15, max_running=64
     )
     with recording() as launches, torch.inference_mode():
-        model = Model(geometry, meta_weights(geometry), 2**15 + 1024, exact)
-        runner = Runner(model, config)
+        runner = Runner(Model(geometry, meta_weights(geometry), 2**15 + 1024, exact), config)
+        assert runner.graphs is not None
         for count in tokens:
             segments = torch.empty(FIELDS, min(count, config.max_running) + 1, dtype=torch.int64, device=META)
             for lora in (False, True):
-                layout = unpack_layout(segments, count, None, lora)
-                runner.execute(layout)
-            # the hints that a step outside a graph gives
-            runner.execute(layout, greedy=True, filtered=False, confident=False)
-            runner.execute(layout, greedy=False, filtered=False, confident=True)
+                runner.graphs.execute(unpack_layout(segments, count, None, lora))
     return launches
 
 

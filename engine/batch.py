@@ -38,9 +38,9 @@ class Layout:
 def packed_layout(step: Step) -> NDArray[np.int64]:
     """The step's segments as [FIELDS, S] int64; thresholds as the bits of float64."""
     segments = step.segments
-    length, wanted = segments[:, LENGTH], _wanted(segments)
-    first, logit = length.cumsum() - length, wanted.cumsum() - wanted
-    return np.vstack((segments[:, _PACKED].T, first, logit, step.thresholds.view(np.int64)))
+    length = segments[:, LENGTH]
+    first = length.cumsum() - length
+    return np.vstack((segments[:, _PACKED].T, first, _logit(segments), step.thresholds.view(np.int64)))
 
 
 def padded_layout(step: Step, size: int, count: int, scratch_row: int) -> NDArray[np.int64]:
@@ -63,9 +63,7 @@ def padded_layout(step: Step, size: int, count: int, scratch_row: int) -> NDArra
             0,
         )
     length = packed[1]
-    packed[-3] = length.cumsum() - length
-    # the logits of a chunk of prefill begin at its first token, and only the last one's are read
-    packed[-2] = packed[-3] + np.where(packed[4] == Settle.SAMPLE, length - 1, 0)
+    packed[-3] = packed[-2] = length.cumsum() - length
     return packed
 
 
@@ -88,9 +86,17 @@ def layout(step: Step, device: torch.device, dtype: torch.dtype) -> Layout:
 
 
 def _wanted(segments: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many of its last query tokens each segment needs logits of."""
-    settle = segments[:, SETTLE]
-    return np.where(settle == Settle.KEEP, 0, np.where(settle == Settle.SAMPLE, 1, segments[:, LENGTH]))
+    """How many of its last query tokens each segment needs logits of: a canvas all but the seed token's."""
+    settle, length = segments[:, SETTLE], segments[:, LENGTH]
+    return np.select(
+        [settle == Settle.KEEP, settle == Settle.SAMPLE, settle == Settle.DENOISE], [0, 1, length - 1], length
+    )
+
+
+def _logit(segments: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the logits of each segment's first query token would be, were there rows for it."""
+    wanted = _wanted(segments)
+    return np.asarray(wanted.cumsum() - segments[:, LENGTH])
 
 
 def _rows(segments: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -107,8 +113,7 @@ def _layout(packed: bytes, packed_thresholds: bytes, device: torch.device, dtype
     segments = np.frombuffer(packed, np.int64).reshape(-1, COLUMNS)
     thresholds = torch.tensor(np.frombuffer(packed_thresholds), device=device)
     length, block, settle = segments[:, LENGTH], segments[:, BLOCK], segments[:, SETTLE]
-    first, wanted = length.cumsum() - length, _wanted(segments)
-    logit = wanted.cumsum() - wanted
+    first, logit = length.cumsum() - length, _logit(segments)
     owner = np.repeat(np.arange(len(length)), length)
     offset = np.arange(len(owner)) - first[owner]
     rows = _rows(segments)
@@ -149,8 +154,8 @@ def _part(
     span, settle = slice(first, first + int(members.sum())), Settle(segments[first, SETTLE])
     assert members[span].all(), "segments stand in the order of their settle operations"
     block = segments[span, BLOCK, None]
-    width = 1 if settle in (Settle.KEEP, Settle.SAMPLE) else int(block.max())
-    column = np.arange(width)
+    column = np.arange(1 if settle in (Settle.KEEP, Settle.SAMPLE) else int(block.max()))
+    place = block - 1 if settle is Settle.SAMPLE else np.minimum(column, block - 1)
     quadratic = np.flatnonzero(segments[span, PATTERN] == Pattern.QUADRATIC)
     device = described.row.device
     return Part(
@@ -158,7 +163,7 @@ def _part(
         span=span,
         row=described.row[span].contiguous(),
         block=described.block[span].contiguous(),
-        logits=torch.tensor(logit[span, None] + np.minimum(column, block - 1), device=device),
+        logits=torch.tensor(logit[span, None] + place, device=device),
         inside=torch.tensor(column < block, device=device),
         threshold=described.threshold[span],
         steps=described.steps[span].contiguous(),

@@ -148,7 +148,7 @@ class EngineConfig:
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     threads: int = 1  # torch threads; more than one pays only on idle cores
     page_size: int = 16
-    kv_tokens: int = 32768  # the page pool, in tokens
+    kv_tokens: int = 32768  # the page pool, in tokens; 0: as many as a GPU has memory for
     max_running: int = 16
     max_batch_tokens: int = 512  # query tokens in one step
     max_model_len: int = 0  # prompt + answer; 0: the checkpoint's
@@ -156,6 +156,9 @@ class EngineConfig:
     quadratic_block_length: int = 8
     ridge_tokens: int = 64  # query tokens per step up to which drafting is nearly free, so that `auto` drafts
     draft_lora: bool = True  # draft with the checkpoint's adapter, where it has one
+    exact: bool = (
+        False  # on a GPU: a token's logits are the same to the bit in AR, verification and every batch
+    )
     lag: Literal[0, 1] = 0  # steps by which the host reads results late
     default_mode: ModeChoice = "auto"
     diffusion: DiffusionParams = field(default_factory=DiffusionParams)
@@ -178,7 +181,8 @@ class Sizes:
         # a host that lags plans from a context that a whole block may since have been added to
         slack = segment_tokens + 1 + config.lag * max(block_length, quadratic)
         longest = min(config.max_model_len or model.max_position, model.max_position)
-        max_model_len = min(longest, config.kv_tokens - slack - config.page_size)
+        held = config.kv_tokens - slack - config.page_size if config.kv_tokens else longest
+        max_model_len = min(longest, held)
         if quadratic < 2:
             raise ValueError(f"quadratic_block_length must be at least 2, not {quadratic}")
         if config.diffusion.block_length > block_length:

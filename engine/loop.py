@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from engine.config import EngineConfig, ModeChoice
+from engine.device import kv_tokens
 from engine.engine import Engine, EngineStatus
 from engine.executor import LocalExecutor
 from engine.request import Delta, EngineError, Request
@@ -42,10 +43,15 @@ class EngineLoop:
         start = time.perf_counter()
         model = load_model(config)
         loaded = time.perf_counter()
-        self.engine = Engine(config, LocalExecutor(model, config))
+        config = replace(config, kv_tokens=kv_tokens(config, model.config))
+        executor = LocalExecutor(model, config)
+        self.engine = Engine(config, executor)
+        ready = time.perf_counter()
+        executor.runner.capture()
         self.phases = {
             "load the checkpoint": loaded - start,
-            "set up the engine": time.perf_counter() - loaded,
+            "set up the engine": ready - loaded,
+            "capture graphs": time.perf_counter() - ready,
         }
         self.model = self.engine.model_config
         self.max_model_len = self.engine.max_model_len

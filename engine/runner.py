@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.batch import Layout, layout
 from engine.config import CheckpointError, EngineConfig, ModelConfig, Sizes
+from engine.device import check_device
 from engine.graphs import ROUND_TOKENS, Graphs
 from engine.model import Model
 from engine.output import StepOutput, to_host
@@ -139,7 +140,8 @@ def load_model(config: EngineConfig) -> Model:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     geometry = ModelConfig.from_json(folder / "config.json")
+    check_device(config, geometry)
     dtype: torch.dtype = getattr(torch, config.dtype)
     weights = load_weights(folder, geometry, dtype, torch.device(config.device))
     sizes = Sizes.of(config, geometry)
-    return Model(geometry, weights, sizes.max_model_len + sizes.slack)
+    return Model(geometry, weights, sizes.max_model_len + sizes.slack, config.exact)

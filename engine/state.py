@@ -15,7 +15,7 @@ from engine.step import (
     TOP_P,
     Step,
 )
-from kernels.vocabulary import Sampling
+from kernels.sampling import Sampling
 
 
 class Tables:

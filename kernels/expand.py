@@ -31,7 +31,7 @@ class Segments(NamedTuple):
     lora: Tensor  # 1: with the draft adapter
     restart: Tensor  # 1: void what stands behind the seed token first
     first: Tensor  # query token it begins at
-    logit: Tensor  # row of the logits it begins at
+    logit: Tensor  # row of the logits of its first query token, were there one
     threshold: Tensor
 
 

@@ -24,7 +24,7 @@ class Part(NamedTuple):
     span: slice  # where they are among the step's segments
     row: Tensor  # [P] row of the device tables
     block: Tensor  # [P]
-    logits: Tensor  # [P, W] their rows of the logits, the last one repeated behind shorter blocks
+    logits: Tensor  # [P, W] their rows of the logits, the last one repeated behind shorter blocks; of a sample, one
     inside: Tensor  # [P, W] bool: the block is as long
     threshold: Tensor  # [P]
     steps: Tensor  # [P]
@@ -229,18 +229,20 @@ def _settle_kernel(
     if settle == 0:
         tl.store(cached_ptr + row, context + block)
     elif settle == 1:
-        token = tl.load(said_ptr + logit)
+        token = tl.load(said_ptr + logit + block - 1)
         tl.store(line + block, token)
         tl.store(cached_ptr + row, context + block)
         tl.store(out, 1)
         tl.store(out + 1, token)
     elif settle == 2:
-        drawn = tl.load(said_ptr + logit + column, mask=inside, other=-1)
+        # the seed token's own position is not drawn
+        behind_seed = inside & (column >= 1)
+        drawn = tl.load(said_ptr + logit + column, mask=behind_seed, other=-1)
         if tl.load(commits_ptr + segment) == 0:
-            tl.store(line + column, drawn, mask=inside & (column >= 1))
+            tl.store(line + column, drawn, mask=behind_seed)
         else:
             canvas = tl.load(line + column, mask=inside, other=-1)
-            confidence = tl.load(sure_ptr + logit + column, mask=inside, other=0.0)
+            confidence = tl.load(sure_ptr + logit + column, mask=behind_seed, other=0.0)
             masked = inside & (canvas == mask_id)
             left = tl.sum(masked.to(tl.int64), 0)
             steps = tl.load(steps_ptr + segment)
@@ -257,7 +259,7 @@ def _settle_kernel(
             else:
                 seed = tl.load(said_ptr + logit + block - 1)
                 tl.store(out, block)
-                tl.store(out + column, canvas, mask=inside & (column >= 1))
+                tl.store(out + column, canvas, mask=behind_seed)
                 tl.store(out + block, seed)
                 tl.store(line + block, seed)
                 tl.store(cached_ptr + row, context + block)

@@ -29,7 +29,7 @@ CONFIG: dict[str, tuple[float, float]] = {
     "replicas": (1, 1024),
     "engine.threads": (1, 256),
     "engine.page_size": (1, 1024),
-    "engine.kv_tokens": (64, 2**40),
+    "engine.kv_tokens": (0, 2**40),
     "engine.max_running": (1, 4096),
     "engine.max_batch_tokens": (1, 2**20),
     "engine.max_model_len": (0, 2**24),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
-from kernels.attention import plan_attention, ragged_attention
+from kernels.attention import Ragged, SegmentAttention, plan_attention, ragged_attention
 
 CAUSAL, CANVAS, QUADRATIC = "causal", "canvas", "quadratic"
 
@@ -34,6 +34,21 @@ def dense(
     return oracle.attend(q, keys, values, visible).flatten(1)
 
 
+def segment_plan(ragged: Ragged, page_size: int, heads: int = 1, kv_heads: int = 1) -> list[SegmentAttention]:
+    """The plan of the torch side."""
+    plan = plan_attention(ragged, page_size, heads, kv_heads, 8, torch.float64, exact=False)
+    assert isinstance(plan, list)
+    return plan
+
+
+def one_segment(length: int, context: int, table: list[int]) -> Ragged:
+    """A segment whose tokens all see each other."""
+    zero, upto = torch.zeros(1, dtype=torch.int64), torch.full((length,), length)
+    return Ragged(
+        zero, zero + length, zero + context, zero, zero == 0, upto, None, None, torch.tensor([table])
+    )
+
+
 def compare(
     shapes: list[tuple[str, int, int]], page_size: int, kv_heads: int, groups: int, seed: int
 ) -> float:
@@ -49,7 +64,13 @@ def compare(
     q = torch.randn(sum(lengths), kv_heads * groups, 8, generator=generator, dtype=torch.float64)
     upto, lo, hi = torch.tensor([t for segment in triples for t in segment]).unbind(1)
     context = torch.tensor([c for _, _, c in shapes])
-    plan = plan_attention(lengths, context, upto, lo, hi, table, page_size, groups, torch.float64)
+    length = torch.tensor(lengths)
+    rows = torch.arange(len(shapes))
+    open_ = torch.tensor([kind == CANVAS for kind, _, _ in shapes])
+    ragged = Ragged(
+        length.cumsum(0) - length, length, context, rows, open_, upto, lo, hi, table, lengths=lengths
+    )
+    plan = segment_plan(ragged, page_size, kv_heads * groups, kv_heads)
     out = ragged_attention(q, kv, plan)
     worst, start = 0.0, 0
     for row, ((_, _, cached), segment) in enumerate(zip(shapes, triples, strict=True)):
@@ -81,14 +102,9 @@ def test_any_mix_of_segments_attends_as_each_would_alone(
 
 def test_a_single_token_or_an_open_canvas_needs_no_mask() -> None:
     for length in (1, 5):
-        upto = torch.full((length,), length)
-        table = torch.arange(7)[None]
-        plan = plan_attention([length], torch.tensor([20]), upto, None, None, table, 4, 1, torch.float32)
-        assert plan[0].bias is None
+        assert segment_plan(one_segment(length, 20, list(range(7))), 4)[0].bias is None
 
 
 def test_consecutive_pages_are_read_in_place_and_others_gathered() -> None:
-    one = torch.ones(1, dtype=torch.int64)
     for table, in_place in (([3, 4, 5], True), ([3, 5, 4], False), ([5, 4, 3], False), ([3, 4, 0], False)):
-        plan = plan_attention([1], one * 11, one, None, None, torch.tensor([table]), 4, 1, torch.float32)
-        assert isinstance(plan[0].pages, slice) == in_place
+        assert isinstance(segment_plan(one_segment(1, 11, table), 4)[0].pages, slice) == in_place

@@ -1,0 +1,49 @@
+"""What an engine asks of the device that it runs on."""
+
+import torch
+import triton
+
+from engine.config import EngineConfig, ModelConfig, Sizes
+
+SPARE = 0.08  # of a GPU's memory, for what captured graphs and the allocator need
+
+
+def check_device(config: EngineConfig, model: ModelConfig) -> None:
+    """Raises ValueError if the kernels cannot serve this configuration where it is to run."""
+    if not config.device.startswith("cuda"):
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(f"device: {config.device} needs a GPU, and there is none")
+    capability = torch.cuda.get_device_capability(config.device)
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if capability < (9, 0):
+        raise ValueError(f"device: {config.device} has compute capability {capability}; the kernels need 9.0")
+    if capability >= (10, 0) and release < (3, 8):
+        # loops with matrix products come out wrong or racing there: triton-lang/triton issues 9871 and 10590
+        raise ValueError(f"device: Blackwell needs Triton 3.8 or newer, not {triton.__version__}")
+    if config.page_size not in (16, 32, 64, 128):
+        raise ValueError(f"page_size: {config.page_size} is none of the kernels' 16, 32, 64, 128")
+    if model.head_dim & (model.head_dim - 1) or model.head_dim < 16:
+        raise ValueError(f"head_dim: {model.head_dim} is not a power of two of at least 16")
+
+
+def kv_tokens(config: EngineConfig, model: ModelConfig) -> int:
+    """The tokens that the page pool holds: as configured, or what is free on the GPU once the weights are there, less
+    what the largest step's logits and activations take. Raises ValueError if that is nothing."""
+    if config.kv_tokens:
+        return config.kv_tokens
+    if not config.device.startswith("cuda"):
+        raise ValueError("kv_tokens: 0 needs a GPU, whose free memory it stands for")
+    free, total = torch.cuda.mem_get_info(config.device)
+    sizes = Sizes.of(config, model)
+    width = torch.finfo(getattr(torch, config.dtype)).bits // 8
+    logits = 4 * max(512, config.max_running * sizes.segment_tokens) * model.vocab_size
+    inner = model.num_heads * model.head_dim + 6 * model.hidden_size + 3 * model.intermediate_size
+    activations = config.max_batch_tokens * inner * width
+    tables = 8 * (config.max_running + 1) * (sizes.max_model_len + sizes.slack)
+    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
+    room = free - int(SPARE * total) - logits - activations - tables
+    pages = room // token // config.page_size
+    if pages < 1:
+        raise ValueError(f"kv_tokens: {free / 2**30:.1f} GiB of free memory leave no room for the cache")
+    return int(pages * config.page_size)

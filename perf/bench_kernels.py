@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from engine.batch import Layout, layout
+from engine.config import ModelConfig
 from kernels import attention, backend
 from kernels.attention import Ragged, plan_attention, ragged_attention
 from kernels.backend import on_triton
@@ -37,7 +38,7 @@ from kernels.settle import settle
 from kernels.verify import accepted
 from kernels.vocabulary import choose
 from perf.compiled import ARCHITECTURES, compile_all, drift, missing
-from perf.geometry import SHAPES, Shape
+from perf.geometry import geometry
 from perf.launches import all_launches, default_launches
 from perf.steps import denoise_step, verify_step
 from perf.timing import Call, copy_bandwidth, machine, matmul_rate, nbytes, rotations, side_by_side
@@ -75,7 +76,7 @@ class Machine(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    geometry: Shape
+    geometry: ModelConfig
     bandwidth: float  # bytes per second
     rate: float  # floating-point operations per second
     repeats: int
@@ -125,7 +126,7 @@ class Batch:
             pages=F.pad(pages, (0, 1)),
             lengths=lengths,
         )
-        heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
+        heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.q = torch.randn(sum(lengths), heads, dim, device=device, dtype=here.dtype)
         self.kv = torch.randn(count * columns, PAGE, 2 * kv_heads, dim, device=device, dtype=here.dtype)
         self.index = pages  # [S, columns]
@@ -179,7 +180,7 @@ def ours_on(batch: Batch, here: Machine, exact: bool = False) -> Call:
     """The op with the plan made before, as layers share it."""
     shape = here.geometry
     plan = plan_attention(
-        batch.ragged, PAGE, shape.heads, shape.kv_heads, shape.head_dim, here.dtype, exact=exact
+        batch.ragged, PAGE, shape.num_heads, shape.num_kv_heads, shape.head_dim, here.dtype, exact=exact
     )
     return lambda: ragged_attention(batch.q, batch.kv, plan)
 
@@ -279,7 +280,7 @@ def a2(here: Machine) -> Iterator[Row]:
     batches = [Batch(parts, here) for _ in range(2)]
 
     def fewer_rows(batch: Batch) -> Call:
-        groups = here.geometry.heads // here.geometry.kv_heads
+        groups = here.geometry.num_heads // here.geometry.num_kv_heads
         with patch.object(attention, "ROWS", 4 * groups):
             run = ours_on(batch, here)
 
@@ -336,7 +337,7 @@ def staged(run: Call, stages: int) -> Call:
 
 def s1(here: Machine) -> Iterator[Row]:
     """The choice of tokens from logits beside softmax and max, or a draw from it."""
-    vocab = here.geometry.vocab
+    vocab = here.geometry.vocab_size
     for rows in (32, 512, 2048) if here.device.type == "cuda" else (32,):
         for dtype in dict.fromkeys((here.dtype, torch.float32)):  # the engine's logits are float32
             size = rows * vocab * dtype.itemsize
@@ -454,13 +455,13 @@ def denoise_in_torch(canvas: Tensor, said: Tensor, sure: Tensor) -> object:
 def weights(here: Machine) -> dict[str, tuple[int, int]]:
     """[N, K] of each product of a layer, and of the head."""
     shape = here.geometry
-    attended = shape.heads * shape.head_dim
+    attended = shape.num_heads * shape.head_dim
     return {
-        "qkv": (attended + 2 * shape.kv_heads * shape.head_dim, shape.hidden),
-        "o": (shape.hidden, attended),
-        "gate_up": (2 * shape.intermediate, shape.hidden),
-        "down": (shape.hidden, shape.intermediate),
-        "head": (shape.vocab, shape.hidden),
+        "qkv": (attended + 2 * shape.num_kv_heads * shape.head_dim, shape.hidden_size),
+        "o": (shape.hidden_size, attended),
+        "gate_up": (2 * shape.intermediate_size, shape.hidden_size),
+        "down": (shape.hidden_size, shape.intermediate_size),
+        "head": (shape.vocab_size, shape.hidden_size),
     }
 
 
@@ -544,7 +545,7 @@ def benchmark(here: Machine, suites: Sequence[str]) -> tuple[list[Row], list[str
 def measured(device: torch.device, size: str, repeats: int) -> Machine:
     """The machine, its bandwidth and rate included."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Machine(device, dtype, SHAPES[size], copy_bandwidth(device), matmul_rate(device, dtype), repeats)
+    return Machine(device, dtype, geometry(size), copy_bandwidth(device), matmul_rate(device, dtype), repeats)
 
 
 def compile_only(everything: bool, processes: int, target: Path | None) -> int:

@@ -1,8 +1,7 @@
 """The kernels that the engine launches, recorded from the engine itself on tensors without memory."""
 
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,20 +13,20 @@ from engine.model import Model
 from engine.runner import Runner
 from engine.weights import expected_shapes
 from kernels.backend import Launch, recording
-from perf.geometry import RANK, write_config
+from perf.geometry import geometry
 
 META = torch.device("meta")
+RANK = 128  # of linear_spec_lora
 
 
 def engine_launches(size: str, tokens: Iterable[int], exact: bool = False) -> list[Launch]:
     """What steps of so many query tokens launch at a published size in bfloat16, with the draft adapter and without."""
-    with tempfile.TemporaryDirectory() as folder:
-        geometry = write_config(Path(folder), size, num_hidden_layers=2)
+    shape = replace(geometry(size), num_layers=2)  # the first layer differs, the others are alike
     config = EngineConfig(
         dtype="bfloat16", page_size=64, kv_tokens=2**16, max_model_len=2**15, max_running=64
     )
     with recording() as launches, torch.inference_mode():
-        runner = Runner(Model(geometry, meta_weights(geometry), 2**15 + 1024, exact), config)
+        runner = Runner(Model(shape, meta_weights(shape), 2**15 + 1024, exact), config)
         assert runner.graphs is not None
         for count in tokens:
             segments = torch.empty(FIELDS, min(count, config.max_running) + 1, dtype=torch.int64, device=META)
@@ -51,11 +50,11 @@ def all_launches() -> list[Launch]:
     ]
 
 
-def meta_weights(geometry: ModelConfig) -> dict[str, Tensor]:
+def meta_weights(config: ModelConfig) -> dict[str, Tensor]:
     """The names and shapes of a checkpoint with the adapter."""
-    shapes = dict(expected_shapes(geometry))
-    for index in range(geometry.num_layers):
+    shapes = dict(expected_shapes(config))
+    for index in range(config.num_layers):
         prefix = f"encoder.layers.{index}.self_attn.o_proj"
-        shapes[f"{prefix}.lora_A"] = (RANK, geometry.num_heads * geometry.head_dim)
-        shapes[f"{prefix}.lora_B"] = (geometry.hidden_size, RANK)
+        shapes[f"{prefix}.lora_A"] = (RANK, config.num_heads * config.head_dim)
+        shapes[f"{prefix}.lora_B"] = (config.hidden_size, RANK)
     return {name: torch.empty(shape, dtype=torch.bfloat16, device=META) for name, shape in shapes.items()}

@@ -10,23 +10,31 @@ from engine.step import COLUMNS, Step
 
 def verify_step(rows: int, block: int) -> Step:
     """Verifies `block` - 1 drafts of each row; a block of 1 is a step of AR decoding."""
-    return _step(rows, block, Pattern.CAUSAL, Settle.VERIFY, commits=block, lora=False)
+    return _step(rows, block, Pattern.CAUSAL, Settle.VERIFY, commits=block)
 
 
 def draft_step(rows: int, block: int, lora: bool) -> Step:
-    """Drafts `block` - 1 tokens of each row."""
-    return _step(rows, block, Pattern.CANVAS, Settle.DENOISE, commits=0, lora=lora)
+    """Drafts `block` - 1 tokens of each row, whatever stands there."""
+    return _step(rows, block, Pattern.CANVAS, Settle.DENOISE, commits=0, lora=lora, restart=True)
 
 
 def denoise_step(rows: int, block: int) -> Step:
     """One pass over a canvas of each row."""
-    return _step(rows, block, Pattern.CANVAS, Settle.DENOISE, commits=block, lora=False)
+    return _step(rows, block, Pattern.CANVAS, Settle.DENOISE, commits=block)
 
 
-def _step(rows: int, block: int, pattern: Pattern, settle: Settle, commits: int, lora: bool) -> Step:
+def _step(
+    rows: int,
+    block: int,
+    pattern: Pattern,
+    settle: Settle,
+    commits: int,
+    lora: bool = False,
+    restart: bool = False,
+) -> Step:
     segments = np.zeros((rows, COLUMNS), np.int64)
     for row in range(rows):
-        segments[row] = (row, block, block, pattern, settle, commits, 0, lora, False)
+        segments[row] = (row, block, block, pattern, settle, commits, 0, lora, restart)
     nothing = np.empty((0, 0), np.int64)
     return Step(
         segments=segments,
@@ -57,3 +65,8 @@ def occupy(runner: Runner, rows: int, context: int, room: int) -> None:
     tables.passes[:rows] = 0
     for layer in runner.kv:
         layer[: rows * columns].normal_()
+
+
+def rewind(runner: Runner, rows: int, context: int) -> None:
+    """Lets the rows stand at the end of the context again."""
+    runner.tables.cached[:rows] = context

@@ -160,6 +160,7 @@ class EngineConfig:
         False  # on a GPU: a token's logits are the same to the bit in AR, verification and every batch
     )
     lag: Literal[0, 1] = 0  # steps by which the host reads results late
+    cost_file: str = ""  # where measured step costs are kept; "": measured at every start
     default_mode: ModeChoice = "auto"
     diffusion: DiffusionParams = field(default_factory=DiffusionParams)
 

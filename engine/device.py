@@ -1,5 +1,8 @@
 """What an engine asks of the device that it runs on."""
 
+import platform
+from pathlib import Path
+
 import torch
 import triton
 
@@ -47,3 +50,18 @@ def kv_tokens(config: EngineConfig, model: ModelConfig) -> int:
     if pages < 1:
         raise ValueError(f"kv_tokens: {free / 2**30:.1f} GiB of free memory leave no room for the cache")
     return int(pages * config.page_size)
+
+
+def device_name(device: str) -> str:
+    """What the maker calls a torch device."""
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()

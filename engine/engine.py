@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.config import BLOCK_LENGTHS, EngineConfig, ModeChoice, Sizes
+from engine.cost_model import CostModel, shape_of
 from engine.modes import MODES
 from engine.request import Delta, Request
 from engine.scheduler import Scheduler
@@ -44,6 +45,8 @@ class Engine:
         self.scheduler = Scheduler(self.config, self.sizes.block_length)
         self.sequences: dict[str, Sequence] = {}
         self.steps = 0
+        self.cost_model: CostModel | None = None
+        self.reported: list[tuple[int, int]] = []  # query tokens and context of each step in the last report
         self._in_flight: deque[tuple[list[list[Segment]], StepOutput]] = deque()
         self._arrivals = 0
 
@@ -84,6 +87,7 @@ class Engine:
         """Plans and executes one step and reports the oldest one that is due: at lag 0 the same one. A step of nothing
         but drafts has nothing to report, so the one after it is planned and executed with it. Returns the new tokens of
         each request that has any, or has ended."""
+        self.reported = []
         planned: list[list[Segment]] = []
         steps: list[Step] = []
         while not planned or (len(planned) < ROUND and _only_drafts(planned[-1])):
@@ -101,6 +105,7 @@ class Engine:
 
     def _report(self, planned: list[list[Segment]], output: "StepOutput") -> dict[str, Delta]:
         deltas: dict[str, Delta] = {}
+        self.reported = [shape_of(segments) for segments in planned]
         for segments in planned[:-1]:
             for segment in segments:
                 self._settle(segment, [], deltas)

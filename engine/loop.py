@@ -5,15 +5,17 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from engine.config import EngineConfig, ModeChoice
-from engine.device import kv_tokens
+from engine.cost_model import BUDGET_SECONDS, CostModel, StepTimer, conditions, measure, read_or_measure
+from engine.device import device_name, kv_tokens
 from engine.engine import Engine, EngineStatus
-from engine.executor import LocalExecutor
+from engine.executor import Executor, LocalExecutor
 from engine.request import Delta, EngineError, Request
 from engine.runner import load_model
 
@@ -40,19 +42,17 @@ class EngineLoop:
     def __init__(self, config: EngineConfig) -> None:
         """Raises CheckpointError if the checkpoint cannot be served."""
         torch.set_num_threads(config.threads)
-        start = time.perf_counter()
-        model = load_model(config)
-        loaded = time.perf_counter()
-        config = replace(config, kv_tokens=kv_tokens(config, model.config))
-        executor = LocalExecutor(model, config)
-        self.engine = Engine(config, executor)
-        ready = time.perf_counter()
-        executor.runner.capture()
-        self.phases = {
-            "load the checkpoint": loaded - start,
-            "set up the engine": ready - loaded,
-            "capture graphs": time.perf_counter() - ready,
-        }
+        self.phases: dict[str, float] = {}
+        with self._phase("load the checkpoint"):
+            model = load_model(config)
+        with self._phase("set up the engine"):
+            config = replace(config, kv_tokens=kv_tokens(config, model.config))
+            executor = LocalExecutor(model, config)
+            self.engine = Engine(config, executor)
+        with self._phase("capture graphs"):
+            executor.runner.capture()
+        with self._phase("measure step costs"):
+            self.cost_model = self.engine.cost_model = step_costs(config, executor)
         self.model = self.engine.model_config
         self.max_model_len = self.engine.max_model_len
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: close
@@ -60,6 +60,12 @@ class EngineLoop:
         self._error: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.phases[name] = time.perf_counter() - start
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta]:
         """The request's deltas as they are committed, until one has a finish reason. Leaving early aborts it.
@@ -134,10 +140,10 @@ class EngineLoop:
             wait = False
 
     def _run(self) -> None:
+        before: float | None = None  # when the last report came, unless the engine was idle since
         try:
             while self._obey(wait=self.engine.idle):
-                for request_id, delta in self.engine.step().items():
-                    self._deliver(request_id, delta)
+                before = self._step(before)
         except Exception as error:
             logger.exception("the engine failed")
             self._error = f"the engine failed: {error!r}"
@@ -146,9 +152,42 @@ class EngineLoop:
             while self._obey(wait=True):  # refuses what still comes
                 pass
 
+    def _step(self, before: float | None) -> float | None:
+        """One step of the engine. Returns when something was reported, None if it was nothing or the engine is idle.
+
+        What a report's steps took is the time since the report before it, shared as predicted. It holds all that the
+        host does in between, and at lag 1, where a report is of the steps before, no more than their share of a busy
+        device.
+        """
+        start = time.perf_counter()
+        deltas = self.engine.step()
+        end = time.perf_counter()
+        if before is None and not self.engine.config.lag:
+            before = start
+        shapes, model = self.engine.reported, self.cost_model
+        if before is not None:
+            predicted = [model.seconds(*shape) for shape in shapes]
+            for shape, seconds in zip(shapes, predicted, strict=True):
+                model.observe(*shape, (end - before) * seconds / sum(predicted))
+        for request_id, delta in deltas.items():
+            self._deliver(request_id, delta)
+        return end if shapes and not self.engine.idle else None
+
     def _deliver(self, request_id: str, delta: Delta) -> None:
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.put(delta)
         if delta.finish_reason is not None:
             self._streams.pop(request_id, None)
+
+
+def step_costs(config: EngineConfig, executor: Executor) -> CostModel:
+    """Reads or measures what steps cost on an executor that serves nobody yet."""
+    model = executor.model_config
+
+    def measured() -> CostModel:
+        timer = StepTimer(lambda step: executor.run([step]), config, model)
+        return measure(timer, *timer.grid(), BUDGET_SECONDS[torch.device(config.device).type], key)
+
+    key = conditions(device_name(config.device), config, model)
+    return read_or_measure(config.cost_file, key, measured)

@@ -58,11 +58,12 @@ class Runner:
             assert self.graphs is not None
             for step in steps:
                 self.tables.update(step)
-            return to_host(self.graphs.run(steps))
+            packed = self.graphs.run(steps)
+            return to_host(packed[: len(steps[-1].segments)])
         for step in steps:
             self.tables.update(step)
             packed = self._run(step)
-        return to_host(packed)
+        return to_host(packed[: len(steps[-1].segments)])
 
     @torch.inference_mode()
     def capture(self) -> None:

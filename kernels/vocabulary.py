@@ -42,7 +42,7 @@ def choose(
     logits: [R, V] floating point, contiguous rows; may be changed in place. row: [R] int64, the row's parameters in
     `sampling`. position: [R] int64, the absolute position where the token is to stand. mask_id is never chosen and has
     probability 0. Returns tokens [R] int64, the lowest id among equals, and confidence [R]: the probability of the
-    token at temperature 1 without filters.
+    token at temperature 1 without filters. Plain torch computes in the logits' dtype, kernels in float32.
 
     greedy (every row is), filtered (some row is) and confident (somebody reads the confidence) say what the host knows;
     plain torch leaves out what they say is not needed, and returns an empty confidence where nobody reads it. Kernels
@@ -65,6 +65,7 @@ def choose_reference(
     filtered: bool,
     confident: bool,
 ) -> tuple[Tensor, Tensor]:
+    """From each row's maximum down. Sets the column mask_id of logits to -inf."""
     logits[:, mask_id] = float("-inf")
     if greedy:
         tokens = logits.argmax(-1)
@@ -134,6 +135,7 @@ def summarise_reference(
     mask_id: int,
     vocab_start: int,
 ) -> Tensor:
+    """All chunks at once, the last one padded with impossible tokens."""
     rows, vocab_size = logits.shape
     x = F.pad(logits.float(), (0, -vocab_size % CHUNK), value=float("-inf"))
     token = torch.arange(vocab_start, vocab_start + x.shape[1], device=x.device)
@@ -179,6 +181,7 @@ def combine(summary: Tensor, row: Tensor, sampling: Sampling) -> tuple[Tensor, T
 
 
 def combine_reference(summary: Tensor, row: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Counts every chunk from the row's maximum down."""
     highest, total, score, token, logit = summary.unbind(-1)
     peak = highest.amax(-1, keepdim=True)
     below = highest - peak
@@ -192,16 +195,16 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, vocab_start: i
     """Standard Gumbel noise, [R, vocab_size] float32, for seed [R] int64, position [R] int64 and the tokens from
     vocab_start on.
 
-    -log(e) of an exponential variate e = -log(1 - x), x uniform. Always finite: e neither cancels near zero, where it
-    is taken from its series since GPUs' logarithm has an absolute error there, nor overflows near one.
+    -log(e) of an exponential variate e = -log(1 - x), x uniform. Always finite: e neither cancels near zero, where its
+    series replaces it since 1 - x has lost the digits of x, nor overflows near one.
     """
     key = _mix((seed & _LOW) ^ _mix(((seed >> 32) & _LOW) ^ 0x9E3779B9))
     key = _mix(key ^ _mix((position + 0x85EBCA6B) & _LOW))
     token = torch.arange(vocab_start, vocab_start + vocab_size, device=seed.device)
     bits = _mix((key[:, None] + token * 0x9E3779B1) & _LOW)
-    x = ((bits.float() + 0.5) * _UNIT.value).clamp(max=_BELOW_ONE.value)
-    exponential = torch.where(x < 0.02, x * (1 + x * (0.5 + x * (1 / 3 + x * 0.25))), -torch.log(1 - x))
-    return -torch.log(exponential)
+    x = (bits.float() + 0.5).mul_(_UNIT.value).clamp_(max=_BELOW_ONE.value)
+    exponential = torch.where(x < 0.02, x * (1 + x * (0.5 + x * (1 / 3 + x * 0.25))), (1 - x).log_().neg_())
+    return exponential.log_().neg_()
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ Run: `python -m perf.bench_forward`.
 F1: a forward, its head and what ends its segments, beside the floor: the bytes it must read at the bandwidth of a
 plain copy, or its operations at the rate of a large matrix product, both measured in the same run. F2: a draft and its
 verification, executed together, beside two forwards. E1: the engine's AR decoding beside Hugging Face's eager
-`generate` on the same weights. E2: self-speculation with a forced number of tokens a round, beside AR. E3: how far AR's logits are
-from verification's, with `exact` and without, and what `exact` costs.
+`generate` on the same weights. E2: self-speculation with a forced number of tokens a round, beside AR. E3: how far
+AR's logits are from verification's, with `exact` and without, and what `exact` costs.
 
 Without CUDA a small geometry runs in float32, which shows that the benchmark runs and nothing else.
 """

@@ -14,6 +14,8 @@ MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec")
 ModeName = Literal["ar", "diffusion", "linear_spec", "quadratic_spec"]
 ModeChoice = Literal["auto", "ar", "diffusion", "linear_spec", "quadratic_spec"]
 BLOCK_LENGTHS = (4, 8, 16, 32)
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "max_position_embeddings",
+             "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "llama_4_scaling_beta"}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -40,6 +42,8 @@ class RopeConfig:
     def from_dict(rope: dict[str, Any]) -> "RopeConfig":
         if rope.get("rope_type") != "yarn":
             raise CheckpointError(f"rope_parameters.rope_type must be 'yarn', not {rope.get('rope_type')!r}")
+        if unknown := rope.keys() - ROPE_KEYS:
+            raise CheckpointError(f"rope_parameters has keys that nothing here reads: {sorted(unknown)}")
         factor = float(rope["factor"])
 
         def mscale(weight: float) -> float:
@@ -143,7 +147,11 @@ class DiffusionParams:
 class EngineConfig:
     """Sizes of one engine. Lengths are in tokens."""
 
-    checkpoint: str = str(Path(__file__).parent / "tiny" / "checkpoint")
+    checkpoint: str = str(Path(__file__).parent / "tiny" / "checkpoint")  # a folder, or org/name@commit
+    load_format: Literal["safetensors", "dummy"] = "safetensors"  # dummy: random weights, for benchmarks
+    weights: Literal["checkpoint", "fp8"] = (
+        "checkpoint"  # fp8 may only draft: its text is not the checkpoint's
+    )
     device: str = "cpu"
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     threads: int = 1  # torch threads; more than one pays only on idle cores
@@ -160,6 +168,7 @@ class EngineConfig:
         False  # on a GPU: a token's logits are the same to the bit in AR, verification and every batch
     )
     lag: Literal[0, 1] = 0  # steps by which the host reads results late
+    prefix_cache: bool = True  # keep the pages of texts, for others that begin the same
     cost_file: str = ""  # where measured step costs are kept; "": measured at every start
     default_mode: ModeChoice = "auto"
     diffusion: DiffusionParams = field(default_factory=DiffusionParams)

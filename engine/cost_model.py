@@ -307,31 +307,34 @@ class StepTimer:
             return math.nan
         if max(before + own for before, own in zip(cached, shares, strict=True)) > self.sizes.max_model_len:
             return math.nan
-        # one query token that settles as many: it costs nothing to claim a context, whatever its KV holds
-        segments = [(row, 1, before, Pattern.CAUSAL, Settle.KEEP, 0) for row, before in enumerate(cached)]
-        self.run(self._step(segments, pages)).committed()
+        # a context is only claimed, as a hit of the prefix cache is, whatever its KV holds
+        segments: list[tuple[int, ...]] = [(row, 1, 1, Pattern.CAUSAL, Settle.KEEP, 0) for row in range(rows)]
+        started = list(zip(cached, pages, strict=True))
+        self.run(self._step(segments, started)).committed()
         settles = [Settle.KEEP if own > self.sizes.block_length else Settle.VERIFY for own in shares]
         segments = [
             (row, own, own, Pattern.CAUSAL, settle, 0 if settle is Settle.KEEP else own)
             for row, (own, settle) in enumerate(zip(shares, settles, strict=True))
         ]
-        step = self._step(sorted(segments, key=lambda s: (s[4], s[1])), [])
+        step = self._step(sorted(segments, key=lambda s: (s[4], s[5] > 0, s[1])), [])
         start = time.perf_counter()
         self.run(step).committed()
         return time.perf_counter() - start
 
-    def _step(self, segments: Seq[tuple[int, ...]], pages: list[int]) -> Step:
-        """pages: how many each row gets, if they start with this step."""
+    def _step(self, segments: Seq[tuple[int, ...]], started: list[tuple[int, int]]) -> Step:
+        """started: the context that each row is to have after this step, and how many pages it gets, if they start."""
         packed = np.zeros((len(segments), COLUMNS), np.int64)
         packed[:, : len(segments[0])] = segments
-        columns = [(row, column) for row, count in enumerate(pages) for column in range(count)]
+        columns = [(row, column) for row, (_, pages) in enumerate(started) for column in range(pages)]
         return Step(
             segments=packed,
             thresholds=np.zeros(len(segments)),
             grants=np.array([(*place, page) for page, place in enumerate(columns)], np.int64).reshape(-1, 3),
-            rows=np.array([(row, 1, 0, 0) for row in range(len(pages))], np.int64).reshape(-1, 4),
-            sampling=np.array([(0.0, 1.0, 0.0)] * len(pages)).reshape(-1, 3),
-            tokens=np.full(len(pages), self.token, np.int64),
+            rows=np.array(
+                [(row, 1, 0, 0, context - 1) for row, (context, _) in enumerate(started)], np.int64
+            ).reshape(-1, 5),
+            sampling=np.array([(0.0, 1.0, 0.0)] * len(started)).reshape(-1, 3),
+            tokens=np.full(len(started), self.token, np.int64),
             greedy=True,
             filtered=False,
         )

@@ -30,12 +30,14 @@ class Request:
     diffusion: DiffusionParams = field(default_factory=DiffusionParams)
     generated: tuple[int, ...] = ()
     slo: Slo = field(default_factory=Slo)
+    cache_salt: str = ""  # requests share cached pages only with those of the same salt
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeStats:
     """How an answer was decoded. `forwards` counts the steps in which the sequence had a segment and `tokens` what they
-    committed; neither has the prefill, nor the first token, which comes from it."""
+    committed; neither has the prefill, nor the first token, which comes from it. `cached_tokens` counts those of the
+    prompt that needed no prefill, since the cache had their KV."""
 
     modes: tuple[str, ...] = ()
     forwards: int = 0
@@ -44,6 +46,7 @@ class DecodeStats:
     accepted: int = 0
     denoise_passes: int = 0
     canvases: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

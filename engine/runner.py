@@ -2,20 +2,21 @@
 
 import time
 from collections.abc import Sequence as Seq
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from engine.batch import Layout, layout
-from engine.config import CheckpointError, EngineConfig, ModelConfig, Sizes
+from engine.checkpoint import local_folder
+from engine.config import EngineConfig, ModelConfig, Sizes
 from engine.device import check_device
+from engine.fp8 import check_fp8
 from engine.graphs import ROUND_TOKENS, Graphs
 from engine.model import Model
 from engine.output import StepOutput, to_host
 from engine.state import Tables
 from engine.step import LENGTH, Step
-from engine.weights import load_weights
+from engine.weights import dummy_weights, load_weights
 from kernels.backend import on_triton
 from kernels.expand import expand
 from kernels.settle import settle
@@ -136,13 +137,18 @@ class Runner:
 
 
 def load_model(config: EngineConfig) -> Model:
-    """Loads the checkpoint that the configuration names. Raises CheckpointError, and ValueError as `Sizes` does."""
-    folder = Path(config.checkpoint)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    """Loads the checkpoint that the configuration names. Raises CheckpointError, and ValueError as `Sizes` and
+    `check_fp8` do."""
+    dummy, device, fp8 = config.load_format == "dummy", torch.device(config.device), config.weights == "fp8"
+    if fp8:
+        check_fp8(device)
+    folder = local_folder(config.checkpoint, weights=not dummy)
     geometry = ModelConfig.from_json(folder / "config.json")
     check_device(config, geometry)
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    weights = load_weights(folder, geometry, dtype, torch.device(config.device))
     sizes = Sizes.of(config, geometry)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    if dummy:
+        weights = dummy_weights(geometry, dtype, device, fp8=fp8)
+    else:
+        weights = load_weights(folder, geometry, dtype, device, fp8=fp8)
     return Model(geometry, weights, sizes.max_model_len + sizes.slack, config.exact)

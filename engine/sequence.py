@@ -1,9 +1,11 @@
 """One sequence being generated: a few counters, the committed tokens, and who decodes it."""
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from engine.config import ModeChoice, SamplingParams
+from engine.config import ModeChoice, ModeName, SamplingParams
+from engine.pages import page_key, salt_key
 from engine.request import DecodeStats, Request
 
 if TYPE_CHECKING:
@@ -19,9 +21,10 @@ def stop_ids(sampling: SamplingParams, eos_ids: Iterable[int]) -> frozenset[int]
 class Sequence:
     """The host's view of a request inside the engine.
 
-    `tokens` holds prompt and committed answer. `prefilled` counts the tokens whose causal KV prefill has asked for, up
-    to `prefill_target`. Segments that run on the device but have not been reported yet are counted by `in_flight`, and
-    the most tokens that they can commit by `uncertain`. At all times 0 <= prefilled <= prefill_target <= len(tokens).
+    `tokens` holds prompt and committed answer. `prefilled` counts the tokens whose causal KV the cache had, the first
+    `found`, or prefill has asked for, up to `prefill_target`. Segments that run on the device but have not been
+    reported yet are counted by `in_flight`, and the most tokens that they can commit by `uncertain`. At all times
+    0 <= found <= prefilled <= prefill_target <= len(tokens).
     """
 
     def __init__(self, request: Request, choice: ModeChoice, eos_ids: Iterable[int], arrival: int) -> None:
@@ -31,6 +34,7 @@ class Sequence:
         self.num_prompt = len(request.prompt)
         self.stop_ids = stop_ids(request.sampling, eos_ids)
         self.choice = choice
+        self.decided: tuple[ModeName, int] | None = None  # by the controller: mode and block length
         self.mode: Mode | None = None
         self.wanted: Mode | None = None  # takes over at the next seam
         self.last: Segment | None = None  # the segment planned last, since the last restart
@@ -38,6 +42,9 @@ class Sequence:
         self.canvas_open = False  # the last report left a canvas with masks
         self.row = -1
         self.pages: list[int] = []
+        self.registered = 0  # the first of the pages, which others may share
+        self.found = 0
+        self.cached_tokens: int | None = None  # of the prompt, found at the first start
         self.prefilled = 0
         self.prefill_target = 0
         self.in_flight = 0
@@ -46,6 +53,7 @@ class Sequence:
         self.modes_used: list[str] = []
         self.forwards = self.decoded = 0
         self.drafted = self.accepted = self.denoise_passes = self.canvases = 0
+        self._keys: list[bytes] = []
 
     @property
     def num_generated(self) -> int:
@@ -60,15 +68,30 @@ class Sequence:
         """The most tokens that can have causal KV once everything in flight has settled."""
         return self.prefilled if not self.decoding else len(self.tokens) - 1 + self.uncertain
 
-    def start(self, row: int) -> None:
-        """Takes a row of the device tables; everything is to be prefilled."""
-        assert self.row < 0 and not self.in_flight and not self.pages
-        self.row, self.prefilled = row, 0
+    @property
+    def final_context(self) -> int:
+        """The slots whose causal KV is there once the steps launched so far have run, and which no later one writes."""
+        return self.prefilled if not self.decoding else max(self.prefilled, len(self.tokens) - 1)
+
+    def page_key(self, index: int, page_size: int) -> bytes:
+        """The identity of a page that the tokens fill, worked out once."""
+        while len(self._keys) <= index:
+            parent = self._keys[-1] if self._keys else salt_key(self.request.cache_salt)
+            first = len(self._keys) * page_size
+            self._keys.append(page_key(parent, self.tokens[first : first + page_size]))
+        return self._keys[index]
+
+    def start(self, row: int, found: int) -> None:
+        """Takes a row of the device tables; prefill starts after the first `found` tokens, whose pages it has."""
+        assert self.row < 0 and not self.in_flight
+        self.row, self.found, self.prefilled = row, found, found
         self.prefill_target = max(self.num_prompt, len(self.tokens) - 1)
+        if self.cached_tokens is None:
+            self.cached_tokens = min(found, self.num_prompt)
 
     def check(self) -> None:
         """Asserts the invariant."""
-        assert 0 <= self.prefilled <= self.prefill_target <= len(self.tokens)
+        assert 0 <= self.found <= self.prefilled <= self.prefill_target <= len(self.tokens)
         assert self.in_flight >= 0 and self.uncertain >= 0 and (self.row >= 0 or not self.pages)
 
     def switch(self, mode: "Mode") -> None:
@@ -81,16 +104,16 @@ class Sequence:
 
     def append(self, tokens: Iterable[int]) -> list[int]:
         """Commits tokens up to the first stop id or the length limit; returns those that count."""
-        new: list[int] = []
-        for token in tokens:
-            if self.finish_reason is not None:
-                break
-            self.tokens.append(token)
-            new.append(token)
-            if token in self.stop_ids:
-                self.finish_reason = "stop"
-            elif self.num_generated >= self.request.sampling.max_tokens:
-                self.finish_reason = "length"
+        if self.finish_reason is not None:
+            return []
+        room = self.request.sampling.max_tokens - self.num_generated
+        new = list(islice(tokens, room))
+        if not self.stop_ids.isdisjoint(new):
+            del new[next(index for index, token in enumerate(new) if token in self.stop_ids) + 1 :]
+            self.finish_reason = "stop"
+        elif len(new) == room:
+            self.finish_reason = "length"
+        self.tokens += new
         return new
 
     def append_verified(self, settled: "Settled") -> list[int]:
@@ -109,4 +132,5 @@ class Sequence:
             self.accepted,
             self.denoise_passes,
             self.canvases,
+            self.cached_tokens or 0,
         )

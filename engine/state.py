@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.step import (
     MIN_P,
+    ROW_CACHED,
     ROW_ID,
     ROW_SEED,
     ROW_TOKENS,
@@ -76,7 +77,7 @@ class Tables:
         owner, column, token = to_device(place, self.device)
         self.tokens[row] = self.mask_id
         self.tokens[owner, column] = token
-        self.cached[row] = 0
+        self.cached[row] = rows[ROW_CACHED]
         self.passes[row] = 0
         self.sampling.seed[row] = rows[ROW_SEED]
         self.sampling.top_k[row] = rows[ROW_TOP_K]

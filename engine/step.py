@@ -13,7 +13,8 @@ from engine.sequence import Sequence
 ROW, LENGTH, BLOCK, PATTERN, SETTLE, COMMITS, STEPS, LORA, RESTART = range(9)
 COLUMNS = 9
 # columns of Step.rows and Step.sampling
-ROW_ID, ROW_TOKENS, ROW_SEED, ROW_TOP_K = range(4)
+ROW_ID, ROW_TOKENS, ROW_SEED, ROW_TOP_K, ROW_CACHED = range(5)
+ROW_COLUMNS = 5
 TEMPERATURE, TOP_P, MIN_P = range(3)
 
 
@@ -23,7 +24,7 @@ class Step:
 
     segments: [S, 9] int64, one row a segment, in order of settle operation, whether they may commit, and
     length; columns as named above.
-    thresholds: [S] float64. grants: [G, 3] int64, (row, column, page). rows: [N, 4] int64 and sampling: [N, 3] float64,
+    thresholds: [S] float64. grants: [G, 3] int64, (row, column, page). rows: [N, 5] int64 and sampling: [N, 3] float64,
     sequences that start in a row; tokens: their prompts, one after the other. greedy, filtered: whether all rows of
     the batch are greedy, and whether any has a filter.
     """
@@ -72,9 +73,12 @@ def pack(segments: Seq[Segment], started: Seq[Sequence], granted: Seq[tuple[int,
         thresholds=np.array([s.threshold for s in segments], dtype=np.float64),
         grants=np.array(granted, dtype=np.int64).reshape(-1, 3),
         rows=np.array(
-            [(s.row, len(s.tokens), s.request.sampling.seed, s.request.sampling.top_k) for s in started],
+            [
+                (s.row, len(s.tokens), s.request.sampling.seed, s.request.sampling.top_k, s.found)
+                for s in started
+            ],
             dtype=np.int64,
-        ).reshape(-1, 4),
+        ).reshape(-1, ROW_COLUMNS),
         sampling=np.array(
             [(p.temperature, p.top_p, p.min_p) for p in (s.request.sampling for s in started)],
             dtype=np.float64,

@@ -82,8 +82,8 @@ class WorkList:
     count: Tensor  # [1] int32 items
     items: Tensor  # [most, FIELDS] int32
     arrived: Tensor  # [tiles, kv_heads] int32 pieces that have ended; 0 between launches
-    partial: Tensor  # [rows, heads, head_dim] float32 weighted sums of values, for tiles of several pieces
-    softmax: Tensor  # [rows, heads, 2] float32 their largest scores, unscaled, and sums of weights
+    partial: Tensor  # [rows * heads, head_dim] float32 weighted sums of values, where pieces are several
+    softmax: Tensor  # [rows * heads, 2] float32 their largest scores, unscaled, and sums of weights
     programs: int
     exact: bool
 
@@ -125,8 +125,8 @@ def plan_attention(
         count=torch.empty(1, dtype=torch.int32, device=device),
         items=torch.empty(most, FIELDS, dtype=torch.int32, device=device),
         arrived=torch.zeros(tiles, kv_heads, dtype=torch.int32, device=device),
-        partial=torch.empty(rows, heads, head_dim, device=device),
-        softmax=torch.empty(rows, heads, 2, device=device),
+        partial=torch.empty(rows * heads, head_dim, device=device),
+        softmax=torch.empty(rows * heads, 2, device=device),
         programs=programs,
         exact=exact,
     )
@@ -325,6 +325,7 @@ def _attend(
     slots = tl.arange(0, PAGE_SIZE)
     heads = rows // GROUPS * HEADS + rows % GROUPS  # of the rows, from the tile's first
     grid = heads[:, None] * HEAD_DIM + dims[None, :]
+    flat = rows[:, None] * HEAD_DIM + dims[None, :]  # partial results of a tile and KV head lie together
     cells = slots[:, None] * KEY + dims[None, :]  # of a head's keys, or values, in a page
     for work in tl.range(tl.program_id(0), tl.load(count_ptr) * KV_HEADS, tl.num_programs(0)):
         item = items_ptr + work // KV_HEADS * _FIELDS
@@ -334,7 +335,8 @@ def _attend(
         if low < high:  # a causal tile may end before its segment's last piece
             context = tl.load(item + _CONTEXT)
             pieces = tl.load(item + _PIECES)
-            inside = rows // GROUPS < tl.load(item + _TOKENS)
+            tokens = tl.load(item + _TOKENS)
+            inside = rows < tokens * GROUPS
             first = tl.load(item + _FIRST)
             at = (first.to(tl.int64) * HEADS + kv_head * GROUPS) * HEAD_DIM  # of the tile in q and out
             q = tl.load(q_ptr + at + grid, inside[:, None], 0.0)
@@ -374,11 +376,11 @@ def _attend(
             last = True
             if pieces > 1:
                 stride = tl.load(item + _STRIDE).to(tl.int64) * HEADS
-                partial = tl.load(item + _PARTIAL).to(tl.int64) * HEADS + kv_head * GROUPS
+                partial = tl.load(item + _PARTIAL).to(tl.int64) * HEADS + kv_head * tokens * GROUPS
                 mine = partial + tl.load(item + _PIECE) * stride
-                tl.store(partial_ptr + mine * HEAD_DIM + grid, acc, inside[:, None])
-                tl.store(softmax_ptr + mine * 2 + heads * 2, top, inside)
-                tl.store(softmax_ptr + mine * 2 + heads * 2 + 1, weight, inside)
+                tl.store(partial_ptr + mine * HEAD_DIM + flat, acc, inside[:, None])
+                tl.store(softmax_ptr + mine * 2 + rows * 2, top, inside)
+                tl.store(softmax_ptr + mine * 2 + rows * 2 + 1, weight, inside)
                 counter = arrived_ptr + tl.load(item + _TILE) * KV_HEADS + kv_head
                 tl.debug_barrier()  # all of this program's stores come before its arrival
                 last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == pieces - 1
@@ -389,10 +391,10 @@ def _attend(
                     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
                     for _ in tl.range(0, pieces, num_stages=1):
                         # past the L1 cache: other SMs have written them
-                        its = softmax_ptr + partial * 2 + heads * 2
+                        its = softmax_ptr + partial * 2 + rows * 2
                         its_top = tl.load(its, inside, 0.0, cache_modifier=".cg")
                         its_weight = tl.load(its + 1, inside, 0.0, cache_modifier=".cg")
-                        its = partial_ptr + partial * HEAD_DIM + grid
+                        its = partial_ptr + partial * HEAD_DIM + flat
                         its_acc = tl.load(its, inside[:, None], 0.0, cache_modifier=".cg")
                         higher = tl.maximum(top, its_top)
                         base = tl.where(higher == float("-inf"), 0.0, higher) * SCALE

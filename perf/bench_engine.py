@@ -10,6 +10,7 @@ Hugging Face's waits for its longest answer, the engine refills its rows) and `n
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -33,8 +34,11 @@ from engine.config import DiffusionParams, EngineConfig, ModelConfig, ModeName, 
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.model import Model
+from engine.output import StepOutput
 from engine.request import DecodeStats, Request
 from engine.runner import load_model
+from engine.segment import Settle
+from engine.step import COMMITS, SETTLE, Step
 from engine.tiny.tasks import evaluation_tasks
 from engine.tokenizer import Tokenizer
 
@@ -112,6 +116,16 @@ class Row:
     prompts: int
 
 
+@dataclass(frozen=True, slots=True)
+class SchedulerRow:
+    """What the host's share of a step costs: scheduler, modes, packing and committing, without executing anything."""
+
+    mode: ModeName
+    sequences: int  # running
+    waiting: int  # requests that the memory has no room for
+    us_per_sequence: float  # microseconds per running sequence and step, median of the steps
+
+
 SIDES = (
     Side("ar", "ar"),
     Side("diffusion", "diffusion"),
@@ -159,6 +173,66 @@ class HuggingFace:
         return [until_eos(answer, self.eos_ids) for answer in answers] if natural else answers
 
 
+class NoExecutor:
+    """Executes nothing, and says at once that up to four tokens of each draft stand, and all of a canvas."""
+
+    has_adapter = True
+
+    def __init__(self, geometry: ModelConfig) -> None:
+        self.model_config, self.seconds = geometry, 0.0
+
+    def run(self, steps: Sequence[Step]) -> StepOutput:
+        start, step = time.thread_time(), steps[-1]
+        count = torch.from_numpy(step.segments[:, COMMITS])
+        drafts = torch.from_numpy(step.segments[:, SETTLE]) == Settle.VERIFY
+        count = torch.where(drafts, count.clamp(max=4), count)
+        tokens = torch.full((len(count), int(count.max())), self.model_config.bos_id)
+        self.seconds += time.thread_time() - start
+        return StepOutput(torch.cat((count[:, None], tokens), 1))
+
+
+def scheduler_cost(geometry: ModelConfig, sequences: int = 256, steps: int = 200) -> list[SchedulerRow]:
+    """Times the engine without its model, in seconds of its thread, at a lag of one step, for each mode."""
+    legal = [token for token in range(geometry.vocab_size) if token != geometry.mask_id]
+    prompts = [tuple(random.Random(index).choices(legal, k=64)) for index in range(sequences)]
+    kv_tokens = sequences * 32 * (steps + 20) * 2
+    config = EngineConfig(
+        page_size=64,
+        kv_tokens=kv_tokens,
+        max_running=sequences + 1,
+        max_batch_tokens=sequences * 128,
+        lag=1,
+    )
+    geometry = replace(geometry, max_position=kv_tokens)
+    sampling = SamplingParams(max_tokens=32 * (steps + 20), ignore_eos=True)
+    rows: list[SchedulerRow] = []
+    for mode, waiting in itertools.product(get_args(ModeName), (0, 1)):
+        executor = NoExecutor(geometry)
+        engine = Engine(config, executor)
+        for index, prompt in enumerate(prompts):
+            engine.add(Request(f"{index}", prompt, sampling, mode))
+        engine.step()
+        if waiting:
+            everything = (legal[0],) * (engine.max_model_len - 1)
+            engine.add(Request("waits", everything, SamplingParams(max_tokens=1), mode))
+        costs: list[float] = []
+        for _ in range(steps):
+            start, executor.seconds = time.thread_time(), 0.0
+            engine.step()
+            costs.append(time.thread_time() - start - executor.seconds)
+        assert (engine.status().running, engine.status().waiting) == (sequences, waiting)
+        cost = 1e6 * statistics.median(costs[20:]) / sequences
+        rows.append(SchedulerRow(mode, sequences, waiting, cost))
+    return rows
+
+
+def scheduler_table(rows: Sequence[SchedulerRow]) -> str:
+    lines = [f"{'scheduler':<17}{'running':>8}{'waiting':>8}{'us/seq':>8}"]
+    for row in rows:
+        lines.append(f"{row.mode:<17}{row.sequences:>8}{row.waiting:>8}{row.us_per_sequence:>8.2f}")
+    return "\n".join(lines)
+
+
 def hf_name(name: str) -> str:
     return "lm_head.weight" if name == "diffusion_head.weight" else name.replace("encoder.", "model.", 1)
 
@@ -173,7 +247,8 @@ class Ours:
 
     def __init__(self, side: Side, batch: int, model: Model, config: EngineConfig) -> None:
         self.mode = side.mode
-        config = replace(config, max_running=batch, block_length=side.block)
+        # Hugging Face's side has no cache that outlives a run, and all runs have the same prompts
+        config = replace(config, max_running=batch, block_length=side.block, prefix_cache=False)
         self.executor = LocalExecutor(model, config)
         self.engine = Engine(config, self.executor)
 
@@ -350,6 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     here = machine()
     print(", ".join(f"{key} {value}" for key, value in here.items()), file=sys.stderr)
 
+    planning = scheduler_cost(geometry)
+    print(scheduler_table(planning))
     model, hugging_face = load_model(config), HuggingFace(checkpoint, geometry)
     rows: list[Row] = []
     seconds: dict[str, dict[str, list[float]]] = {}
@@ -364,7 +441,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.markdown:
         print(f"\n{markdown(rows)}")
     report = {"machine": here, "options": {k: vars(options)[k] for k in ("repeats", "prompts", "tokens")},
-              "rows": [asdict(row) for row in rows], "seconds": seconds}  # fmt: skip
+              "rows": [asdict(row) for row in rows], "scheduler": [asdict(row) for row in planning],
+              "seconds": seconds}  # fmt: skip
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -44,7 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=description, description=description)
         command.add_argument("--config", type=Path, metavar="FILE", help="YAML with any setting")
-        command.add_argument("--checkpoint", metavar="DIR", help="default: the bundled tiny model")
+        command.add_argument(
+            "--checkpoint", metavar="DIR|ORG/NAME@COMMIT", help="a folder, or a commit on Hugging Face"
+        )
+        command.add_argument(
+            "--load-format", choices=["safetensors", "dummy"], help="dummy: random weights, for benchmarks"
+        )
         command.add_argument("--host", help="default: 127.0.0.1")
         command.add_argument("--port", type=int, help="default: 8000")
         command.add_argument(
@@ -55,12 +60,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     given = {
-        "engine.checkpoint": options.checkpoint and os.path.abspath(options.checkpoint),
+        "engine.checkpoint": options.checkpoint and _absolute(options.checkpoint),
+        "engine.load_format": options.load_format,
         "server.host": options.host,
         "server.port": options.port,
         "engine.default_mode": options.mode,
     }
     return {place: value for place, value in given.items() if value is not None}
+
+
+def _absolute(checkpoint: str) -> str:
+    """Servers run in a folder of their own; what is no folder here is left for the check to judge."""
+    return os.path.abspath(checkpoint) if os.path.isdir(checkpoint) else checkpoint
 
 
 def _doctor(config: AppConfig) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from engine.checkpoint import short_name
 from engine.config import BLOCK_LENGTHS, EngineConfig
 from serve_app import limits
 
@@ -33,7 +34,7 @@ class ServerConfig(_Section):
 
     host: str = "127.0.0.1"
     port: int = 8000
-    model_name: str = ""  # empty: the checkpoint folder's name
+    model_name: str = ""  # empty: the checkpoint's, org/name or the folder's
     ingress_replicas: int = 1
     max_body_bytes: int = 4 * limits.MIB
     default_max_tokens: int = 4096  # of a request that sets none; never more than its context leaves
@@ -95,7 +96,7 @@ class AppConfig(_Section):
             return self.server.model_name
         if Path(self.engine.checkpoint) == Path(BUNDLED_CHECKPOINT):
             return "triserve-tiny"
-        return Path(self.engine.checkpoint).resolve().name
+        return short_name(self.engine.checkpoint)
 
     @property
     def effective_engine(self) -> EngineConfig:

@@ -1,5 +1,6 @@
 """`triserve doctor`: what this machine and a configuration lack, one line each."""
 
+import math
 import os
 import platform
 import shutil
@@ -103,23 +104,22 @@ def _no_foreign_kernels() -> str:
 
 
 def _checkpoint(config: AppConfig) -> str:
-    folder = Path(config.engine.checkpoint)
-    model = check_checkpoint(str(folder))
-    import torch
+    folder, model = check_checkpoint(config)
+    from engine.weights import contents, expected_shapes
 
-    from engine.weights import load_weights
-
-    try:
-        # On the meta device every name and shape is checked and nothing is kept.
-        weights = load_weights(folder, model, torch.float32, torch.device("meta"))
-    except CheckpointError as error:
-        raise Problem(str(error)) from error
-    size = sum(weight.numel() for weight in weights.values())
-    return f"{config.model_name}, {size / 1e6:,.1f} M parameters, {folder}"
+    if config.engine.load_format == "dummy":
+        count, kind = sum(map(math.prod, expected_shapes(model).values())), "random "
+    else:
+        try:
+            count, kind = sum(math.prod(entry.shape) for entry in contents(folder, model)), ""
+        except CheckpointError as error:
+            raise Problem(str(error)) from error
+    return f"{config.model_name}, {count / 1e6:,.1f} M {kind}parameters, {folder}"
 
 
 def _memory(config: AppConfig) -> str:
-    weights = sum(file.stat().st_size for file in Path(config.engine.checkpoint).rglob("*.safetensors"))
+    folder, _ = check_checkpoint(config)
+    weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     on_host = weights if config.engine.device == "cpu" else 0
     available = _available_bytes()
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else None

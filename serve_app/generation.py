@@ -60,10 +60,13 @@ class Generation:
     def usage(self, prompt_tokens: int) -> dict[str, Any]:
         """OpenAI's counters, and under `decode` how the tokens were decoded."""
         completion_tokens = sum(answer.tokens for answer in self.answers)
+        # a prompt counts once, however many choices it has: as its first one found it
+        cached = {answer.request.prompt: answer.stats.cached_tokens for answer in reversed(self.answers)}
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
             "decode": _decode_usage([answer.stats for answer in self.answers]),
         }
 

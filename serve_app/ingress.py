@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from engine.checkpoint import local_folder
 from engine.config import MODES
 from engine.request import Request as EngineRequest
 from engine.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ class Ingress:
     def __init__(self, config: AppConfig, engine: DeploymentHandle[Any]) -> None:
         self._config = config
         self._model = config.model_name
-        self._tokenizer = Tokenizer(config.engine.checkpoint)
+        self._tokenizer = Tokenizer(local_folder(config.engine.checkpoint, weights=False))
         self._engine = EngineClient(engine, STATUS_SECONDS)
         self._started = int(time.time())
         self._context = 0  # tokens; 0 until an engine has said it

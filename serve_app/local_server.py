@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint import local_folder
 from engine.config import CheckpointError, ModelConfig
 from engine.tokenizer import Tokenizer
 from serve_app.config import AppConfig, logging_config, ray_environment
@@ -163,7 +164,7 @@ def local_environment(config: AppConfig) -> dict[str, str]:
 
 def check(config: AppConfig) -> None:
     """What can be known before anything is started. Raises StartError."""
-    check_checkpoint(config.engine.checkpoint)
+    check_checkpoint(config)
     check_port(config.server.host, config.server.port)
     if config.engine.device.startswith("cuda"):
         check_cuda(config.engine.device)
@@ -174,14 +175,13 @@ def check(config: AppConfig) -> None:
         check_port("0.0.0.0", config.serve.metrics_port)
 
 
-def check_checkpoint(folder: str) -> ModelConfig:
-    """Reads what the ingress needs of a checkpoint; its tensors are the engine's business. Raises StartError."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise StartError(f"{path} is not a folder; name a checkpoint with --checkpoint")
+def check_checkpoint(config: AppConfig) -> tuple[Path, ModelConfig]:
+    """Reads what the ingress needs of a checkpoint, downloading it if it must be; its tensors are the engine's
+    business. Raises StartError."""
     try:
-        Tokenizer(path)
-        return ModelConfig.from_json(path / "config.json")
+        folder = local_folder(config.engine.checkpoint, weights=config.engine.load_format != "dummy")
+        Tokenizer(folder)
+        return folder, ModelConfig.from_json(folder / "config.json")
     except CheckpointError as error:
         raise StartError(str(error)) from error
 

@@ -117,7 +117,8 @@ def test_a_stream_is_typed_and_joins_to_the_whole_answer(http: httpx.Client, mod
     whole = chat(http, **fields)
     assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces) == text_of(whole)
     assert pieces[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
-    assert totals["choices"] == [] and totals["usage"] == whole["usage"]
+    cached = {"prompt_tokens_details": whole["usage"]["prompt_tokens_details"]}  # the second time finds more
+    assert totals["choices"] == [] and totals["usage"] | cached == whole["usage"]
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
 
 
@@ -190,6 +191,17 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(http: httpx.Client, mode
     pieces = events(http.post("/v1/chat/completions", json=body))
     assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces) == text_of(cut)
     wait_until(lambda: busy(http) == (0, 0, 0))
+
+
+def test_the_tokens_of_a_prompt_that_was_seen_before_are_counted_as_cached(http: httpx.Client) -> None:
+    fields = {"model": NAME, "temperature": 0, "max_tokens": 3, "n": 2}
+    prompt = TOKENIZER.encode_prompt("Nobody has said this before, and now it is said twice: " * 3)
+    page = EngineConfig().page_size
+    cached = []
+    for _ in range(2):
+        body = http.post("/v1/completions", json={**fields, "prompt": prompt}).json()
+        cached.append(body["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert cached == [0, (len(prompt) - 1) // page * page]
 
 
 def test_text_prompts_and_their_token_ids_give_the_same_completion(http: httpx.Client) -> None:
@@ -617,6 +629,18 @@ async def test_a_stop_string_aborts_what_still_runs() -> None:
     ]
     assert engine.aborted == ["r"]
     assert run.usage(1)["decode"]["mode"] == ["ar"] and run.usage(1)["decode"]["forward_passes"] == 3
+
+
+async def test_cached_tokens_of_a_prompt_are_counted_once_for_all_its_choices() -> None:
+    answers = [
+        Answer(Request(str(i), prompt), TOKENIZER, ())
+        for i, prompt in enumerate([(1, 2, 3), (1, 2, 3), (4,)])
+    ]
+    for answer, cached in zip(answers, (16, 32, 48), strict=True):
+        answer.stats = DecodeStats(cached_tokens=cached)
+    run = Generation(ScriptedEngine([60.0]), answers, 0.0)
+    assert run.usage(7)["prompt_tokens_details"] == {"cached_tokens": 64}
+    run.close()
 
 
 async def test_an_answer_cut_by_a_stop_string_does_not_wait_for_an_engine_that_hears_no_abort(

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
@@ -13,7 +15,7 @@ from kernels.attention import ROWS, Ragged, WorkList, plan_attention, ragged_att
 from kernels.backend import implementation
 
 CAUSAL, CANVAS, QUADRATIC, PADDING = "causal", "canvas", "quadratic", "padding"
-PAGE = 16
+PAGE = 32
 KV_HEADS, GROUPS, HEAD_DIM = 2, 4, 16
 BLOCK_Q = ROWS // GROUPS
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type == "cuda")
@@ -67,7 +69,8 @@ def make_case(
     kv = torch.full((count + 1, PAGE, 2 * KV_HEADS, HEAD_DIM), float("nan"))
     for row, n in zip(rows, keys, strict=True):
         for column in range(-(-n // PAGE)):
-            page = table[row, column] = next(ids)
+            page = next(ids)
+            table[row, column] = page
             held = min(n - column * PAGE, PAGE)
             kv[page, :held] = torch.randn(held, 2 * KV_HEADS, HEAD_DIM, generator=generator)
     q = torch.randn(sum(lengths), KV_HEADS * GROUPS, HEAD_DIM, generator=generator)
@@ -80,16 +83,16 @@ def make_case(
             seen[i, segment.context :][lo:hi] = True
         visible.append(seen)
     length = torch.tensor(lengths)
-    upto, lo, hi = torch.tensor([t for own in triples for t in own] or [(0, 0, 0)]).unbind(1)
+    flat = torch.tensor([t for own in triples for t in own]).to(DEVICE).T.contiguous()
     ragged = Ragged(
         first=(length.cumsum(0) - length).to(DEVICE),
         length=length.to(DEVICE),
         context=torch.tensor([s.context for s in segments]).to(DEVICE),
         row=torch.tensor(rows).to(DEVICE),
         open=torch.tensor([s.kind in (CANVAS, QUADRATIC) for s in segments]).to(DEVICE),
-        upto=upto.to(DEVICE, copy=True),
-        lo=lo.to(DEVICE, copy=True),
-        hi=hi.to(DEVICE, copy=True),
+        upto=flat[0],
+        lo=flat[1],
+        hi=flat[2],
         pages=table.to(DEVICE),
     )
     return Case(ragged, q.to(DEVICE, dtype), kv.to(DEVICE, dtype), visible)
@@ -146,5 +149,151 @@ def test_a_mixed_batch_attends_as_each_segment_would_alone(dtype: torch.dtype, e
     check(make_case(MIXED, dtype), exact)
 
 
-def test_x():
-    pass
+@pytest.mark.parametrize("context", [0, PAGE - 1, PAGE, PAGE + 1])
+@pytest.mark.parametrize("kind", [CAUSAL, CANVAS, QUADRATIC])
+def test_a_context_may_end_anywhere_in_a_page(kind: str, context: int) -> None:
+    for block in (1, 4) if kind != QUADRATIC else (2, 4):
+        for exact in (False, True):
+            check(make_case([Segment(kind, block, context)], seed=context), exact)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_tokens_of_no_segment_disturb_nobody(exact: bool) -> None:
+    case = make_case(MIXED[:4])
+    want = attend(case, exact)
+    ragged, beyond = case.ragged, torch.full((7,), 1 << 20, device=DEVICE)
+    assert ragged.lo is not None and ragged.hi is not None
+    upto, lo, hi = (torch.cat((x, beyond)) for x in (ragged.upto, ragged.lo, ragged.hi))
+    q = torch.cat((case.q, torch.full_like(case.q[:7], float("nan"))))
+    padded = Case(ragged._replace(upto=upto, lo=lo, hi=hi), q, case.kv, [])
+    assert torch.equal(attend(padded, exact)[: len(want)], want)
+
+
+def test_a_token_that_sees_no_key_gets_zeros() -> None:
+    case = make_case([Segment(CANVAS, 3, 0)])
+    blind = case._replace(ragged=case.ragged._replace(upto=torch.zeros_like(case.ragged.upto)))
+    assert not attend(blind, exact=False).any()
+
+
+LONG = [Segment(CAUSAL, 1, 1100), Segment(CANVAS, BLOCK_Q + 4, 600), Segment(CAUSAL, 5, 300)]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_pieces_of_long_contexts_merge_to_the_whole(exact: bool) -> None:
+    case = make_case(LONG, DTYPES[-1])
+    items = plan(case, exact).items[:, 7]  # pieces of the item's tile
+    assert items[0] > 1
+    check(case, exact)
+
+
+def test_exact_mode_cuts_keys_at_fixed_places_and_at_most_into_sixteen() -> None:
+    for capacity, length in ((0, 512), (16 * 512 - PAGE, 512), (16 * 640 - PAGE, 640)):
+        made = plan(make_case(LONG, capacity=capacity), exact=True)
+        items = made.items[: int(made.count)]
+        assert set((items[:, 4] % length).tolist()) == {0}
+        assert int((items[:, 5] - items[:, 4]).max()) == length
+    longest = Segment(CAUSAL, 1, 16 * 640 - PAGE - 1)
+    made = plan(make_case([longest]), exact=True)
+    assert made.items[: int(made.count), 7].tolist() == [16] * 16
+
+
+def test_every_key_of_every_tile_is_in_one_piece() -> None:
+    for exact in (False, True):
+        for seed in range(4):
+            chance = random.Random(seed)
+            segments = [
+                Segment(
+                    chance.choice([CAUSAL, CANVAS, PADDING]), chance.randint(1, 50), chance.randint(0, 3000)
+                )
+                for _ in range(chance.randint(1, 9))
+            ]
+            case = make_case(segments, seed=seed)
+            made = plan(case, exact)
+            assert int(made.count) <= len(made.items)
+            found: dict[int, list[tuple[int, int]]] = {}
+            rows: set[int] = set()
+            for first, tokens, _, _, low, high, piece, pieces, _, partial, stride, _ in made.items[
+                : int(made.count)
+            ].tolist():
+                if low >= high:
+                    continue
+                found.setdefault(first, []).append((low, high))
+                if pieces > 1:
+                    mine = set(range(partial + piece * stride, partial + piece * stride + tokens))
+                    assert not mine & rows and max(mine) * KV_HEADS * GROUPS < len(made.partial), (
+                        "partial results collide"
+                    )
+                    rows |= mine
+            want: dict[int, int] = {}
+            for index, segment in enumerate(segments):
+                first, n = int(case.ragged.first[index]), int(case.ragged.length[index])
+                for q0 in range(0, n, BLOCK_Q):
+                    last = n if segment.kind == CANVAS else min(q0 + BLOCK_Q, n)
+                    want[first + q0] = segment.context + last
+            assert found.keys() == want.keys()
+            for first, spans in found.items():
+                assert [low for low, _ in spans] == [0] + [high for _, high in spans[:-1]]
+                assert spans[-1][1] == want[first]
+
+
+def test_single_tokens_and_one_verify_of_them_have_the_same_bits_in_exact_mode() -> None:
+    context, n = 508, BLOCK_Q + 4  # a piece ends inside the verified tokens
+    for dtype in DTYPES:
+        whole = make_case([Segment(CAUSAL, n, context)], dtype)
+        together = attend(whole, exact=True)
+        for i in (0, 3, 4, BLOCK_Q - 1, BLOCK_Q, n - 1):
+            one = whole.ragged._replace(
+                length=torch.ones_like(whole.ragged.length),
+                context=whole.ragged.context + i,
+                upto=torch.ones(1, dtype=torch.int64, device=DEVICE),
+                lo=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+                hi=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+            )
+            alone = attend(Case(one, whole.q[i : i + 1].clone(), whole.kv, []), exact=True)
+            assert torch.equal(alone[0], together[i])
+
+
+def test_the_neighbours_change_no_bit_in_exact_mode() -> None:
+    first_two = [Segment(CAUSAL, 2, 530), Segment(CANVAS, BLOCK_Q + 1, 600)]
+    for dtype in DTYPES:
+        case = make_case(
+            [*first_two, Segment(QUADRATIC, 2, 33), Segment(CAUSAL, 40, 0), Segment(PADDING, 0, 5)], dtype
+        )
+        together = attend(case, exact=True)
+        for index in range(2):
+            first, n = int(case.ragged.first[index]), int(case.ragged.length[index])
+            tokens = slice(first, first + n)
+            one = Ragged(
+                first=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+                length=case.ragged.length[index : index + 1],
+                context=case.ragged.context[index : index + 1],
+                row=case.ragged.row[index : index + 1],
+                open=case.ragged.open[index : index + 1],
+                upto=case.ragged.upto[tokens],
+                lo=case.ragged.lo[tokens],  # type: ignore[index]
+                hi=case.ragged.hi[tokens],  # type: ignore[index]
+                pages=case.ragged.pages,
+            )
+            assert torch.equal(attend(Case(one, case.q[tokens], case.kv, []), exact=True), together[tokens])
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(
+        st.builds(
+            Segment,
+            st.sampled_from([CAUSAL, CANVAS, PADDING]),
+            st.integers(1, 2 * BLOCK_Q + 1),
+            st.integers(0, 70) | st.integers(500, 600),
+        )
+        | st.builds(Segment, st.just(QUADRATIC), st.integers(2, 5), st.integers(0, 40)),
+        min_size=1,
+        max_size=4,
+    ).filter(lambda segments: any(s.kind != PADDING for s in segments)),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_any_batch_attends_as_each_segment_would_alone(
+    segments: list[Segment], exact: bool, seed: int
+) -> None:
+    check(make_case(segments, seed=seed), exact)

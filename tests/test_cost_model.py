@@ -32,7 +32,7 @@ from engine.executor import LocalExecutor
 from engine.loop import EngineLoop, step_costs
 from engine.request import Request
 from engine.segment import Settle
-from engine.step import BLOCK, LENGTH, SETTLE, Step
+from engine.step import BLOCK, LENGTH, ROW_CACHED, SETTLE, Step
 from fakes import TOY, TOY_ENGINE, generate, toy_engine, toy_model, write_checkpoint
 from perf.plot_cost_model import SWEEP, roofline_seconds
 
@@ -273,7 +273,8 @@ def test_timed_steps_have_the_tokens_and_the_context_asked_for() -> None:
         steps.clear()
         assert timer(tokens, context) > 0
         fill, timed = steps
-        assert fill.segments[:, BLOCK].sum() == context and timed.segments[:, LENGTH].sum() == tokens
+        assert fill.segments[:, BLOCK].sum() + fill.rows[:, ROW_CACHED].sum() == context
+        assert timed.segments[:, LENGTH].sum() == tokens
         assert len(timed.segments) == min(tokens, TOY_ENGINE.max_running)
         assert np.unique(fill.grants[:, 2]).size == len(fill.grants) <= engine.status().total_pages
     assert math.isnan(timer(1, 1000)) and math.isnan(timer(160, 4000))

@@ -46,15 +46,22 @@ engines = st.fixed_dictionaries(
         "max_running": st.sampled_from([1, 3, 8]),
         "kv_tokens": st.sampled_from([208, 256, 2048]),  # the smaller ones make sequences push each other out
         "draft_lora": st.booleans(),
+        "prefix_cache": st.booleans(),
     }
 )
 
 
 def requests_of(chance: random.Random, params: list[SamplingParams]) -> list[Request]:
-    return [
-        Request(str(i), random_prompt(chance, chance.randint(1, 40)), sampling, mode=chance.choice(LOSSLESS))
-        for i, sampling in enumerate(params)
-    ]
+    """Requests whose prompts begin alike, some of them."""
+    trunk = random_prompt(chance, 40)
+    requests = []
+    for i, sampling in enumerate(params):
+        length = chance.randint(1, 40)
+        shared = chance.randint(0, length)
+        prompt = trunk[:shared] + random_prompt(chance, length - shared)
+        salt = chance.choice(("", "", "other"))
+        requests.append(Request(str(i), prompt, sampling, mode=chance.choice(LOSSLESS), cache_salt=salt))
+    return requests
 
 
 def drive(engine: Engine, requests: list[Request], before: Callable[[], None]) -> dict[str, list[int]]:
@@ -88,6 +95,13 @@ def check_lossless(
 
     answers = drive(engine, requests, switch)
     for request in requests:
+        assert answers[request.id] == ar_answer(seed % 7, request), request
+    # what all have left behind serves whoever says the same again, and whoever goes on from there
+    again = [replace(r, mode=chance.choice(LOSSLESS)) for r in requests]
+    said = [(*r.prompt, *answers[r.id]) for r in requests]
+    turns = [replace(r, id=f"then {r.id}", prompt=text) for r, text in zip(again, said, strict=True)]
+    answers = drive(engine, [*again, *turns], switch)
+    for request in (*requests, *turns):
         assert answers[request.id] == ar_answer(seed % 7, request), request
 
 

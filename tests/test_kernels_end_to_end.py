@@ -20,10 +20,12 @@ pytestmark = pytest.mark.skipif(
 
 
 def answers(
-    side: Literal["torch", "triton"], requests: list[Request], **settings: object
+    side: Literal["torch", "triton"], requests: list[Request], exact: bool = False, lag: Literal[0, 1] = 0
 ) -> dict[str, list[int]]:
     with implementation(side):
-        engine = toy_engine(2, dtype="float32", block_length=4, quadratic_block_length=2, **settings)
+        engine = toy_engine(
+            2, dtype="float32", block_length=4, quadratic_block_length=2, exact=exact, lag=lag
+        )
         return generate(engine, requests)
 
 

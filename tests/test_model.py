@@ -22,7 +22,7 @@ def placed(tokens: list[int], prompt: int, row: int) -> Sequence:
     sequence = Sequence(
         Request(str(row), tuple(tokens[:prompt]), generated=tuple(tokens[prompt:])), "ar", TOY.eos_ids, row
     )
-    sequence.start(row)
+    sequence.start(row, 0)
     return sequence
 
 

@@ -1,7 +1,7 @@
 """The scheduler alone, driven with made-up results: no tensor, thousands of steps a second."""
 
 import random
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -31,15 +31,17 @@ class Driver:
     def add(self) -> None:
         chance = self.chance
         sampling = SamplingParams(max_tokens=chance.randint(1, 50))
-        request = Request(
-            str(self.arrivals), (5,) * chance.randint(1, 60), sampling, mode=chance.choice(MODES)
-        )
-        sequence = Sequence(request, chance.choice(MODES), (3,), self.arrivals)
+        prompt = (5,) * chance.randint(1, 60) + (chance.randint(5, 9),) * chance.randint(0, 20)
+        self.put(Request(str(self.arrivals), prompt, sampling), chance.choice(MODES))
+
+    def put(self, request: Request, mode: ModeChoice) -> None:
+        sequence = Sequence(request, mode, (3,), self.arrivals)
         self.arrivals += 1
         self.live.append(sequence)
         self.scheduler.add(sequence)
 
-    def step(self) -> None:
+    def step(self) -> list[Segment]:
+        """Plans and settles; returns what was planned."""
         scheduler = self.scheduler
         segments = scheduler.schedule()
         self.check(segments)
@@ -48,6 +50,8 @@ class Driver:
         if self.in_flight and (len(self.in_flight) > self.config.lag or not segments):
             for segment in self.in_flight.pop(0):
                 self.settle(segment)
+                scheduler.pool.check([s.pages for s in scheduler.running])
+        return segments
 
     def settle(self, segment: Segment) -> None:
         sequence = segment.sequence
@@ -83,6 +87,11 @@ class Driver:
             if segment.mode is None:
                 before = sequence.prefilled - segment.block
             assert len(sequence.pages) * config.page_size >= before + segment.query_tokens
+            shared = sequence.found // config.page_size
+            assert before >= sequence.found and shared <= sequence.registered <= len(sequence.pages)
+        written = [page for s in running for page in s.pages[s.registered :]]
+        assert len(set(written)) == len(written), "two sequences may write one page"
+        assert set(written).isdisjoint(page for s in running for page in s.pages[: s.registered])
         for row, column, page in scheduler.granted:
             owner = next(s for s in running if s.row == row)
             assert owner.pages[column] == page
@@ -102,6 +111,7 @@ def test_no_step_overruns_a_budget_a_page_or_a_row_and_everyone_ends(
         kv_tokens=kv_tokens,
         max_running=chance.randint(1, 9),
         max_batch_tokens=chance.randint(98, 400),
+        prefix_cache=chance.random() < 0.8,
     )
     driver = Driver(chance, config)
     for _ in range(300):
@@ -121,6 +131,43 @@ def test_no_step_overruns_a_budget_a_page_or_a_row_and_everyone_ends(
     while driver.in_flight:
         driver.step()
     assert driver.scheduler.pool.free == driver.scheduler.pool.total
+
+
+@settings(max_examples=10, deadline=None)
+@given(cache=st.booleans(), shared=st.sampled_from([0, 60, 100]), seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("mode", [*MODES, "mixed"])
+def test_a_full_memory_starves_nobody_and_the_oldest_never_gives_way(
+    mode: ModeChoice | Literal["mixed"], lag: Literal[0, 1], cache: bool, shared: int, seed: int
+) -> None:
+    """Each request needs more than half of the memory in the end. Whoever came first goes on until it ends."""
+    chance = random.Random(seed)
+    config = EngineConfig(
+        lag=lag,
+        page_size=chance.choice([1, 4, 16]),
+        kv_tokens=304,
+        max_running=chance.randint(2, 8),
+        max_batch_tokens=chance.randint(98, 300),
+        prefix_cache=cache,
+    )
+    driver = Driver(chance, config)
+    for index in range(12):
+        length = chance.randint(1, 110)
+        prompt = ((5,) * shared + tuple(chance.randint(5, 9) for _ in range(110)))[:length]
+        request = Request(str(index), prompt, SamplingParams(max_tokens=170 - length))
+        driver.put(request, mode if mode != "mixed" else chance.choice(MODES))
+    oldest, idle = driver.live[0], 0
+    for _ in range(12 * 4 * 170):
+        if not driver.live:
+            return
+        if driver.live[0] is not oldest:
+            oldest, idle = driver.live[0], 0
+        started = oldest.row >= 0
+        segments = driver.step()
+        assert not started or oldest.row >= 0 or oldest.finish_reason, "the oldest was preempted"
+        idle = 0 if any(segment.sequence is oldest for segment in segments) else idle + 1
+        assert idle <= 4, "the oldest is not served"
+    raise AssertionError("a sequence never ends")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""Where a checkpoint comes from: a local folder, or one commit of a Hugging Face repository.
+
+Knows nothing of what is in the files, and needs no torch.
+"""
+
+import re
+from pathlib import Path
+
+from engine.config import CheckpointError
+
+ADAPTER = "linear_spec_lora"  # the folder of the draft adapter, inside a checkpoint's
+PINNED = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<commit>[0-9a-f]{40})")
+UNPINNED = re.compile(r"[\w.-]+/[\w.-]+(@[^/]*)?")
+# Only what is read as data. Never Python files, pickles or other formats that can carry code.
+TEXT_FILES = ("*.json", "*.jinja")
+WEIGHT_FILES = ("model*.safetensors", f"{ADAPTER}/*.safetensors")
+
+
+def local_folder(checkpoint: str, weights: bool = True) -> Path:
+    """The folder of a checkpoint that is named by its path or as `org/name@commit`; the latter is downloaded into
+    Hugging Face's cache unless it is there already. Without `weights` its tensors are left out.
+
+    Every process calls this for itself: on another machine the cache has another path. Raises CheckpointError.
+    """
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        return folder
+    pinned = PINNED.fullmatch(checkpoint)
+    if pinned:
+        patterns = TEXT_FILES + WEIGHT_FILES if weights else TEXT_FILES
+        return _download(pinned["repository"], pinned["commit"], patterns)
+    if UNPINNED.fullmatch(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint}: no such checkpoint folder; one on Hugging Face is named with its commit, since a branch "
+            "can change: org/name@<40 hexadecimal digits>"
+        )
+    raise CheckpointError(f"{folder}: no such checkpoint folder")
+
+
+def short_name(checkpoint: str) -> str:
+    """What clients may call it: `org/name`, or the folder's name."""
+    pinned = PINNED.fullmatch(checkpoint)
+    return pinned["repository"] if pinned else Path(checkpoint).resolve().name
+
+
+def _download(repository: str, commit: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download  # not at the top: local checkpoints do without it
+
+    try:
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=list(patterns)))
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: Hugging Face's native downloader
+        raise CheckpointError(f"cannot download {repository}@{commit}: {error}") from error

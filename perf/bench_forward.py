@@ -189,18 +189,19 @@ def e1(bench: Bench) -> Iterator[Row]:
     generate = hugging_face(bench.model, raw_config(bench.scale.size))
     ours, theirs = [], []
     for _ in range(3):  # the first warms up
-        ours.append(answered(engine, prompt, answer, "ar")[1])
+        mine, seconds = answered(engine, prompt, answer, "ar")
+        ours.append(answer / seconds)
         start = time.perf_counter()
-        said = generate(prompt, answer)
-        theirs.append(time.perf_counter() - start)
-        assert len(said) == answer
-    mine, other = answer / min(ours[1:]), answer / min(theirs[1:])
-    shape = f"AR, {len(prompt)} in, {answer} out, one request"
-    yield Row("E1", shape, mine, "tok/s", "hf generate, eager", other, mine / other, "3")
+        other = generate(prompt, answer)
+        theirs.append(answer / (time.perf_counter() - start))
+    alike = sum(a == b for a, b in zip(mine, other, strict=True))
+    shape = f"AR, {len(prompt)} in, {answer} out, {alike} tokens alike"
+    best, reference = max(ours[1:]), max(theirs[1:])
+    yield Row("E1", shape, best, "tok/s", "hf generate, eager", reference, best / reference, "3")
 
 
 def e2(bench: Bench) -> Iterator[Row]:
-    """In exact mode, so that what AR says is what verification says."""
+    """In exact mode, so that what AR says is what verification says. An answer's first token comes from prefill."""
     prompt, answer, block = a_prompt(bench), bench.scale.answer, bench.scale.block
     model, config = with_exact(bench.model, True), replace(bench.config, block_length=block, exact=True)
     plain = Engine(config, LocalExecutor(model, config))
@@ -215,7 +216,7 @@ def e2(bench: Bench) -> Iterator[Row]:
         executor.rounds = 0
         said, seconds = answered(engine, prompt, answer, "linear_spec")
         agrees = sum(a == b for a, b in zip(said, truth, strict=True))
-        shape = f"B={block}, {tokens} tokens a round asked, {answer / max(1, executor.rounds):.1f} had"
+        shape = f"B={block}, {tokens} tokens a round asked, {(answer - 1) / max(1, executor.rounds):.1f} had"
         if agrees < answer:
             shape += f", {answer - agrees} tokens unlike AR's"
         yield Row("E2", shape, answer / seconds, "tok/s", "ar", answer / alone, alone / seconds)

@@ -18,7 +18,8 @@ def hugging_face(model: Model, raw: dict[str, Any]) -> Callable[[tuple[int, ...]
     with torch.device("meta"):
         network = Ministral3ForCausalLM(config).train(False)
     network.load_state_dict(state(model), assign=True)
-    network.model.rotary_emb = type(network.model.rotary_emb)(config, device=model.device)
+    with torch.device(model.device):
+        network.model.rotary_emb = type(network.model.rotary_emb)(config)
     left = [
         name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta
     ]

@@ -31,8 +31,8 @@ class Layout:
     query_tokens: int
     rows: Tensor | None  # [R] query tokens whose logits are read; None: all
     lora: bool  # whether the draft adapter is on anywhere
-    known: Known | None  # on a CPU
-    parts: list[Part] | None  # on a CPU
+    known: Known | None  # for the torch side
+    parts: list[Part] | None  # for the torch side
 
 
 def packed_layout(step: Step) -> NDArray[np.int64]:
@@ -82,6 +82,11 @@ def layout(step: Step, device: torch.device, dtype: torch.dtype) -> Layout:
         return unpack_layout(
             to_device(packed_layout(step), device), size, rows, bool(segments[:, LORA].any())
         )
+    return known_layout(step, device, dtype)
+
+
+def known_layout(step: Step, device: torch.device, dtype: torch.dtype) -> Layout:
+    """The same with all that the torch side needs, on any device."""
     return _layout(step.segments.tobytes(), step.thresholds.tobytes(), device, dtype)
 
 

@@ -37,6 +37,7 @@ def kv_tokens(config: EngineConfig, model: ModelConfig) -> int:
         return config.kv_tokens
     if not config.device.startswith("cuda"):
         raise ValueError("kv_tokens: 0 needs a GPU, whose free memory it stands for")
+    torch.cuda.empty_cache()  # what loading has left over
     free, total = torch.cuda.mem_get_info(config.device)
     sizes = Sizes.of(config, model)
     width = torch.finfo(getattr(torch, config.dtype)).bits // 8

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,13 @@ def rope_table(
     return RopeTable(*(part.to(device, dtype) for part in parts))
 
 
+class Weight(NamedTuple):
+    """A matrix, and the scale of each row if its numbers are FP8."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """Weights of one layer. qkv: [(heads + 2 * kv_heads) * head_dim, hidden]. o: [hidden, heads * head_dim].
@@ -70,11 +78,11 @@ class Layer:
     [hidden, r], scaled, or None where the checkpoint has no adapter."""
 
     input_norm: Tensor
-    qkv: Tensor
-    o: Tensor
+    qkv: Weight
+    o: Weight
     post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
     lora_a: Tensor | None
     lora_b: Tensor | None
 
@@ -92,12 +100,12 @@ class Layer:
         """x: [T, hidden], what the layer before adds to the residual stream. kv: [pages, page_size, 2 * kv_heads,
         head_dim]. Returns this layer's addition and the stream before it."""
         x, residual = add_rms_norm(x, residual, self.input_norm, config.rms_norm_eps)
-        qkv = linear(x, self.qkv, exact=exact).view(len(x), -1, config.head_dim)
+        qkv = linear(x, *self.qkv, exact=exact).view(len(x), -1, config.head_dim)
         q = rope_and_store(qkv, rope.cos, rope.sin, rope.scale, kv, batch.slots, config.num_heads)
         attended = ragged_attention(q, kv, attention)
-        x = linear(attended, self.o, exact=exact)
+        x = linear(attended, *self.o, exact=exact)
         if batch.gate is not None and self.lora_a is not None and self.lora_b is not None:
             x = gated_lora_add(x, attended, self.lora_a, self.lora_b, batch.gate)
         x, residual = add_rms_norm(x, residual, self.post_norm, config.rms_norm_eps)
-        inner = silu_mul(linear(x, self.gate_up, exact=exact))
-        return linear(inner, self.down, exact=exact), residual
+        inner = silu_mul(linear(x, *self.gate_up, exact=exact))
+        return linear(inner, *self.down, exact=exact), residual

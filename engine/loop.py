@@ -18,6 +18,7 @@ from engine.engine import Engine, EngineStatus
 from engine.executor import Executor, LocalExecutor
 from engine.request import Delta, EngineError, Request
 from engine.runner import load_model
+from engine.selfcheck import check_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class EngineLoop:
             config = replace(config, kv_tokens=kv_tokens(config, model.config))
             executor = LocalExecutor(model, config)
             self.engine = Engine(config, executor)
-        with self._phase("capture graphs"):
+        with self._phase("check and capture the kernels"):
+            check_kernels(executor.runner)
             executor.runner.capture()
         with self._phase("measure step costs"):
             self.cost_model = self.engine.cost_model = step_costs(config, executor)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from engine.batch import Layout
 from engine.config import ModelConfig
-from engine.layers import Layer, rope_table
+from engine.layers import Layer, Weight, rope_table
 from kernels.attention import AttentionPlan, Ragged, plan_attention
 from kernels.expand import Expanded
 from kernels.linear import linear
@@ -18,8 +18,8 @@ class Model:
     def __init__(
         self, config: ModelConfig, weights: dict[str, Tensor], positions: int, exact: bool = False
     ) -> None:
-        """exact: a token's logits do not depend on the other tokens of a step, to the bit; on a CPU in float64 or
-        float32 they hardly do anyway."""
+        """weights: as `load_weights` names them; the layers' are taken out. exact: on a GPU a token's logits do not
+        depend on the other tokens of its step, to the bit."""
         self.config, self.exact = config, exact
         self.embedding = weights["encoder.embed_tokens.weight"]
         self.norm = weights["encoder.norm.weight"]
@@ -67,16 +67,23 @@ class Model:
 
 
 def _layer(weights: dict[str, Tensor], index: int) -> Layer:
-    def of(name: str) -> Tensor:
-        return weights[f"encoder.layers.{index}.{name}.weight"]
+    """Takes the layer's tensors out of the weights, so that no two copies of a model stand in memory."""
+    prefix = f"encoder.layers.{index}."
+
+    def stacked(*names: str) -> Weight:
+        parts = [weights.pop(f"{prefix}{name}.weight") for name in names]
+        scales = [weights.pop(scale) for name in names if (scale := f"{prefix}{name}.scale") in weights]
+        if len(names) == 1:
+            return Weight(parts[0], scales[0] if scales else None)
+        return Weight(torch.cat(parts), torch.cat(scales) if scales else None)
 
     return Layer(
-        input_norm=of("input_layernorm"),
-        qkv=torch.cat([of(f"self_attn.{name}_proj") for name in "qkv"]),
-        o=of("self_attn.o_proj"),
-        post_norm=of("post_attention_layernorm"),
-        gate_up=torch.cat([of("mlp.gate_proj"), of("mlp.up_proj")]),
-        down=of("mlp.down_proj"),
-        lora_a=weights.get(f"encoder.layers.{index}.self_attn.o_proj.lora_A"),
-        lora_b=weights.get(f"encoder.layers.{index}.self_attn.o_proj.lora_B"),
+        input_norm=weights.pop(f"{prefix}input_layernorm.weight"),
+        qkv=stacked("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        o=stacked("self_attn.o_proj"),
+        post_norm=weights.pop(f"{prefix}post_attention_layernorm.weight"),
+        gate_up=stacked("mlp.gate_proj", "mlp.up_proj"),
+        down=stacked("mlp.down_proj"),
+        lora_a=weights.pop(f"{prefix}self_attn.o_proj.lora_A", None),
+        lora_b=weights.pop(f"{prefix}self_attn.o_proj.lora_B", None),
     )

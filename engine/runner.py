@@ -18,7 +18,7 @@ from engine.state import Tables
 from engine.step import LENGTH, Step
 from engine.weights import dummy_weights, load_weights
 from kernels.backend import on_triton
-from kernels.expand import expand
+from kernels.expand import Expanded, expand
 from kernels.settle import settle
 from kernels.vocabulary import choose
 
@@ -94,30 +94,11 @@ class Runner:
         self, layout: Layout, greedy: bool = False, filtered: bool = True, confident: bool = True
     ) -> Tensor:
         """One forward and what ends its segments. The last three are hints, as in `choose`."""
-        tables, known = self.tables, layout.known
-        batch = expand(
-            layout.segments,
-            known,
-            layout.query_tokens,
-            tables.tokens,
-            tables.cached,
-            tables.passes,
-            tables.pages,
-            self.page_size,
-            tables.mask_id,
-            self.canvas,
-            self.model.dtype if layout.lora else None,
-        )
-        attention = self.model.plan(batch, layout, tables.pages, self.page_size)
-        start = time.perf_counter()
-        hidden = self.model.forward(batch, self.kv, attention)
-        row, target = batch.row, batch.target
-        if layout.rows is not None:
-            hidden, row, target = hidden[layout.rows], row[layout.rows], target[layout.rows]
-        logits = self.model.head(hidden) if len(hidden) else hidden
-        self.forward_seconds += time.perf_counter() - start
-        said, sure = row, hidden
+        tables, rows = self.tables, layout.rows
+        batch, logits = self.forward(layout)
+        said, sure = batch.row, logits
         if len(logits):
+            row, target = (batch.row, batch.target) if rows is None else (batch.row[rows], batch.target[rows])
             said, sure = choose(
                 logits, row, target, tables.sampling, tables.mask_id, greedy, filtered, confident
             )
@@ -134,6 +115,32 @@ class Runner:
             tables.mask_id,
             self.canvas,
         )
+
+    def forward(self, layout: Layout) -> tuple[Expanded, Tensor]:
+        """The model on a step: what it read, and the logits of the layout's rows, [R, vocab]."""
+        tables = self.tables
+        batch = expand(
+            layout.segments,
+            layout.known,
+            layout.query_tokens,
+            tables.tokens,
+            tables.cached,
+            tables.passes,
+            tables.pages,
+            self.page_size,
+            tables.mask_id,
+            self.canvas,
+            self.model.dtype if layout.lora else None,
+        )
+        attention = self.model.plan(batch, layout, tables.pages, self.page_size)
+        start = time.perf_counter()
+        hidden = self.model.forward(batch, self.kv, attention)
+        if layout.rows is not None:
+            hidden = hidden[layout.rows]
+        # without rows there is nothing to launch a kernel for
+        logits = self.model.head(hidden) if len(hidden) else hidden
+        self.forward_seconds += time.perf_counter() - start
+        return batch, logits
 
 
 def load_model(config: EngineConfig) -> Model:

@@ -29,8 +29,7 @@ def answers(
         return generate(engine, requests)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("mode", "exact"), [*((mode, False) for mode in MODES), ("linear_spec", True)])
 def test_ten_tokens_of_every_mode_through_the_kernels_equal_torch(mode: ModeChoice, exact: bool) -> None:
     prompt = random_prompt(random.Random(1), 11)
     sampling = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -40,20 +39,19 @@ def test_ten_tokens_of_every_mode_through_the_kernels_equal_torch(mode: ModeChoi
     assert made == answers("torch", [request])
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_mixed_batch_through_the_kernels_equals_torch(lag: Literal[0, 1]) -> None:
     chance = random.Random(2)
-    sampled = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=3, max_tokens=10, ignore_eos=True)
+    sampled = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, max_tokens=6, ignore_eos=True)
     requests = [
         Request(
-            f"{mode} {i}",
+            mode,
             random_prompt(chance, chance.randint(1, 30)),
-            replace(sampled, seed=i, temperature=0.9 * i),
+            replace(sampled, seed=seed, temperature=0.9 * (mode != "diffusion")),
             mode=mode,
         )
-        for mode in MODES
-        for i in range(2)
+        for seed, mode in enumerate(MODES)
     ]
     made = answers("triton", requests, lag=lag)
-    assert all(len(answer) == 10 and TOY.mask_id not in answer for answer in made.values())
+    assert all(len(answer) == 6 and TOY.mask_id not in answer for answer in made.values())
     assert made == answers("torch", requests, lag=lag)

@@ -130,3 +130,11 @@ def test_many_tokens_take_the_library_on_a_gpu_but_not_in_exact_mode_or_eight_bi
     assert launches(SKINNY_TOKENS) == launches(SKINNY_TOKENS, out_dtype=torch.float32) == 1
     assert launches(SKINNY_TOKENS + 1) == launches(SKINNY_TOKENS + 1, out_dtype=torch.float32) == 0
     assert launches(SKINNY_TOKENS + 1, exact=True) == launches(SKINNY_TOKENS + 1, scale=scale) == 1
+
+
+def test_a_split_product_has_the_same_bits_in_every_run() -> None:
+    x, weight = inputs(20, 3072, 640, torch.float32)
+    with implementation("triton"):
+        first, again = (linear(x, weight) for _ in range(2))
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first, linear_reference(x, weight), rtol=1e-5, atol=1e-5)

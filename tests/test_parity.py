@@ -55,7 +55,7 @@ def engine_logits(folder: Path, tokens: list[int], lengths: list[int]) -> Tensor
     config = EngineConfig(str(folder), page_size=16, kv_tokens=2048, max_batch_tokens=1024)
     runner = LocalExecutor(load_model(config), config).runner
     sequence = Sequence(Request("a", tuple(tokens)), "ar", TOY.eos_ids, 0)
-    sequence.start(0)
+    sequence.start(0, 0)
     hidden: list[Tensor] = []
     forward = runner.model.forward
 

@@ -1,0 +1,73 @@
+"""An engine does not start on kernels that are wrong, or that differ from run to run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from engine.config import SamplingParams
+from engine.executor import LocalExecutor
+from engine.request import Request
+from engine.runner import Runner
+from engine.selfcheck import check_kernels
+from fakes import generate, toy_engine
+from kernels.backend import implementation, on_triton
+from kernels.norm import add_rms_norm
+
+Norm = Callable[..., tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.selfcheck.CONTEXT", 6)
+
+
+def runner(**settings: Any) -> Runner:
+    executor = toy_engine(1, dtype="float32", **settings).executor
+    assert isinstance(executor, LocalExecutor)
+    return executor.runner
+
+
+def replaced(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    """Lets every normalisation be followed by a change."""
+
+    def norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        normalised, residual = add_rms_norm(x, *rest)
+        return change(normalised), residual
+
+    monkeypatch.setattr("engine.layers.add_rms_norm", norm)
+
+
+@pytest.mark.parametrize("settings", [{"kv_tokens": 208}, {"max_running": 1, "exact": True}])
+def test_right_kernels_pass(settings: dict[str, Any]) -> None:
+    with implementation("triton"):
+        check_kernels(runner(**settings))
+
+
+def test_kernels_that_differ_from_run_to_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def drift(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x * (1 + 1e-6 * len(calls))
+
+    replaced(monkeypatch, drift)
+    with implementation("triton"), pytest.raises(RuntimeError, match="different logits for the same input"):
+        check_kernels(runner(max_running=1))
+
+
+def test_kernels_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced(monkeypatch, lambda x: x * 1.01 if on_triton(x) else x)
+    with implementation("triton"), pytest.raises(RuntimeError, match="off by .* of their norm"):
+        check_kernels(runner(max_running=1))
+
+
+def test_the_check_leaves_no_trace_in_an_answer() -> None:
+    request = Request("0", (5, 9, 11), SamplingParams(temperature=0, max_tokens=3), mode="ar")
+    fresh = generate(toy_engine(1, dtype="float32"), [request])
+    with implementation("triton"):
+        engine = toy_engine(1, dtype="float32")
+        assert isinstance(engine.executor, LocalExecutor)
+        check_kernels(engine.executor.runner)
+        assert generate(engine, [request]) == fresh

@@ -130,9 +130,9 @@ class Bench:
         """The least seconds that a forward of rows x block query tokens can take."""
         shape, model = self.model.config, self.model
         tokens = rows * block
-        weights = [
-            model.output,
-            *(w for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+        weights = [model.output]
+        weights += [
+            w.values for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)
         ]
         attended = rows * context * shape.num_layers
         read = sum(w.numel() * w.element_size() for w in weights)

@@ -52,12 +52,12 @@ def state(model: Model) -> dict[str, Tensor]:
         "lm_head.weight": model.output,
     }
     for index, layer in enumerate(model.layers):
-        q, k, v = layer.qkv.split((queries, keys, keys))  # type: ignore[no-untyped-call]
-        gate, up = layer.gate_up.chunk(2)
+        q, k, v = torch.split(layer.qkv.values, [queries, keys, keys])
+        gate, up = layer.gate_up.values.chunk(2)
         parts = {
             "input_layernorm": layer.input_norm, "post_attention_layernorm": layer.post_norm,
-            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": layer.o,
-            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": layer.down,
+            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": layer.o.values,
+            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": layer.down.values,
         }  # fmt: skip
         tensors |= {f"model.layers.{index}.{name}.weight": tensor for name, tensor in parts.items()}
     return tensors

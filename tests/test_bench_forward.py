@@ -1,6 +1,7 @@
 """The benchmark of whole forwards, at its CPU scale, every suite."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ def test_every_suite_has_figures(report: list[dict[str, object]]) -> None:
 def test_the_floor_is_the_weights_and_the_context_at_the_copy_bandwidth(bench: Bench) -> None:
     bench.bandwidth, bench.rate = 1e9, 1e30
     model, shape = bench.model, bench.model.config
-    body = sum(w.numel() for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    body = sum(
+        w.values.numel() for layer in model.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)
+    )
     read = 4 * (body + model.output.numel())
     read += 4 * 3 * 50 * shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim
     assert bench.floor(rows=3, block=2, context=50) == pytest.approx(read / 1e9)
@@ -40,8 +43,6 @@ def test_the_floor_is_the_weights_and_the_context_at_the_copy_bandwidth(bench: B
 def test_contexts_that_do_not_fit_are_left_out(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
     monkeypatch.setattr(bench, "scale", replace(bench.scale, tokens=(1,), contexts=(32, 10**6)))
     assert len(list(f1(bench))) == 1
     assert "is skipped" in capsys.readouterr().err

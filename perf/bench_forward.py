@@ -12,6 +12,7 @@ Without CUDA a small geometry runs in float32, which shows that the benchmark ru
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -91,28 +92,29 @@ class Bench:
                 device=device.type,
                 dtype=scale.dtype,  # type: ignore[arg-type]
                 page_size=scale.page_size,
-                kv_tokens=2**16,
+                kv_tokens=max(rows for rows, _ in scale.rounds) * (min(scale.contexts) + 192) + 2**15,
                 max_running=scale.rows,
                 max_batch_tokens=512,
                 max_model_len=max(*scale.contexts, scale.prompt + scale.answer) + 1024,
                 lag=1 if device.type == "cuda" else 0,
             )
             self.model = load_model(self.config)
-        self.config = replace(self.config, kv_tokens=self._kv_tokens())
+        self.roomy = replace(self.config, kv_tokens=self._kv_tokens())
 
     def _kv_tokens(self) -> int:
-        """As many as any measurement needs, and fit."""
+        """As many as the longest contexts need, and fit."""
         scale, shape = self.scale, self.model.config
         most = max(max(1, t // 32) * (c + 128) for t in scale.tokens for c in scale.contexts)
-        most = max(most, *(rows * (min(scale.contexts) + 128) for rows, _ in scale.rounds), 4096)
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             a_token = shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * self.model.dtype.itemsize
             most = min(most, int(0.8 * free) // a_token)
         return most // scale.page_size * scale.page_size
 
-    def runner(self, exact: bool = False) -> Runner:
-        return Runner(with_exact(self.model, exact), self.config)
+    def runner(self, exact: bool = False, roomy: bool = False) -> Runner:
+        """A new one, once what others held is given back: a runner and its graphs hold one another."""
+        tidy()
+        return Runner(with_exact(self.model, exact), self.roomy if roomy else self.config)
 
     def forward(self, runner: Runner, rows: int, block: int, context: int) -> float:
         """Seconds of a verification of `rows` blocks behind a context each, graph included. Raises ValueError where the
@@ -124,7 +126,7 @@ class Bench:
             rewind(runner, rows, context)
             runner.run([step])
 
-        return seconds_of(run, self.device, self.repeats, graphs=False, ahead=True)
+        return seconds_of(run, self.device, self.repeats, eager=True, ahead=True)
 
     def floor(self, rows: int, block: int, context: int) -> float:
         """The least seconds that a forward of rows x block query tokens can take."""
@@ -142,6 +144,13 @@ class Bench:
         return max(read / self.bandwidth, operations / self.rate)
 
 
+def tidy() -> None:
+    """Gives back the memory of runners that nobody uses any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def with_exact(model: Model, exact: bool) -> Model:
     """The same weights, exact or not."""
     other = Model.__new__(Model)
@@ -151,7 +160,7 @@ def with_exact(model: Model, exact: bool) -> Model:
 
 
 def f1(bench: Bench) -> Iterator[Row]:
-    runner = bench.runner()
+    runner = bench.runner(roomy=True)
     for tokens in bench.scale.tokens:
         rows, block = max(1, tokens // 32), min(tokens, 32)
         for context in bench.scale.contexts:
@@ -176,7 +185,7 @@ def f2(bench: Bench) -> Iterator[Row]:
             rewind(runner, rows, context)
             runner.run(steps)
 
-        both = seconds_of(run, bench.device, bench.repeats, graphs=False, ahead=True)
+        both = seconds_of(run, bench.device, bench.repeats, eager=True, ahead=True)
         shape = f"C={rows} B={block} ctx {context}"
         yield Row("F2", shape, 1e3 * both, "ms", "two forwards", 2e3 * forward, 2 * forward / both, "0.95")
 
@@ -208,6 +217,7 @@ def e2(bench: Bench) -> Iterator[Row]:
     answered(plain, prompt, answer, "ar")
     truth, alone = answered(plain, prompt, answer, "ar")
     del plain
+    tidy()
     for tokens in bench.scale.forced:
         executor = ForcedExecutor(model, config, tokens)
         executor.truth = torch.tensor((*prompt, *truth, *([0] * block)), device=bench.device)
@@ -221,12 +231,14 @@ def e2(bench: Bench) -> Iterator[Row]:
             shape += f", {answer - agrees} tokens unlike AR's"
         yield Row("E2", shape, answer / seconds, "tok/s", "ar", answer / alone, alone / seconds)
         del engine, executor
+        tidy()
 
 
 def e3(bench: Bench) -> Iterator[Row]:
     context, count = min(bench.scale.contexts), bench.scale.checked
     forwards = {}
     for exact in (True, False):
+        tidy()
         model = Listening(with_exact(bench.model, exact))
         runner = Runner(model, bench.config)
         runner.graphs = None
@@ -368,8 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (RuntimeError, AssertionError, ImportError, ValueError) as error:
             problems.append(f"{suite}: {type(error).__name__}: {error}")
             print(problems[-1], file=sys.stderr)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        tidy()
     print(table(rows))
     if options.json is not None:
         report = {"machine": about, "rows": [asdict(row) for row in rows], "problems": problems}

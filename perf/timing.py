@@ -4,7 +4,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -54,38 +54,38 @@ def side_by_side(
     sides: Mapping[str, Sequence[Call]],
     device: torch.device,
     repeats: int = 20,
-    graphs: bool = True,
+    eager: Collection[str] = (),
     ahead: bool = False,
 ) -> dict[str, Timing]:
     """Times each side.
 
     A side is a list of calls that do the same with different inputs; they run one after the other, and the sides take
-    turns. On a GPU each side's calls are one CUDA graph, unless graphs is false or they cannot be captured, which the
-    note says, and events tell the time. ahead: the host gets a start on the GPU, which graphs have anyway, so that
-    what it does before the first kernel is not timed.
+    turns. On a GPU each side's calls are one CUDA graph, but for the sides named in eager, and events tell the time.
+    ahead: the host gets a start on the GPU, which graphs have anyway, so that what it does before the first kernel is
+    not timed.
     """
     runs: dict[str, _Run] = {}
     timings: dict[str, Timing] = {}
     for name, calls in sides.items():
         try:
-            runs[name] = _prepared(calls, device, graphs, ahead)
+            runs[name] = _prepared(calls, device, name not in eager, ahead)
         except Exception as error:  # whatever another library raises is a result too
             timings[name] = Timing(None, f"{type(error).__name__}: {error}".partition("\n")[0][:200])
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             samples[name].append(_seconds(run, device) / len(sides[name]))
-    for name, run in runs.items():
-        lost = graphs and device.type == "cuda" and not run.graph
-        timings[name] = Timing(statistics.median(samples[name]), "eager" if lost else "")
+    for name in runs:
+        note = "eager" if name in eager and device.type == "cuda" else ""
+        timings[name] = Timing(statistics.median(samples[name]), note)
     return timings
 
 
 def seconds_of(
-    call: Call, device: torch.device, repeats: int = 20, graphs: bool = True, ahead: bool = False
+    call: Call, device: torch.device, repeats: int = 20, eager: bool = False, ahead: bool = False
 ) -> float:
     """Median seconds of one call, as `side_by_side` takes them. Raises RuntimeError if it raises anything."""
-    timing = side_by_side({"call": [call]}, device, repeats, graphs, ahead)["call"]
+    timing = side_by_side({"call": [call]}, device, repeats, ("call",) if eager else (), ahead)["call"]
     if timing.seconds is None:
         raise RuntimeError(timing.note)
     return timing.seconds
@@ -114,7 +114,6 @@ def nbytes(*tensors: Tensor) -> int:
 @dataclass(frozen=True, slots=True)
 class _Run:
     run: Call
-    graph: bool
     ahead: bool
 
 
@@ -127,21 +126,17 @@ def _prepared(calls: Sequence[Call], device: torch.device, graphs: bool, ahead: 
 
     run()
     if device.type != "cuda":
-        return _Run(run, False, ahead)
+        return _Run(run, ahead)
     run()
     torch.cuda.synchronize()
     if not graphs:
-        return _Run(run, False, ahead)
+        return _Run(run, ahead)
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return _Run(run, False, ahead)
+    with torch.cuda.graph(graph):
+        run()
     graph.replay()
     torch.cuda.synchronize()
-    return _Run(graph.replay, True, True)
+    return _Run(graph.replay, True)
 
 
 def _seconds(prepared: _Run, device: torch.device) -> float:

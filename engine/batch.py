@@ -35,21 +35,23 @@ class Layout:
     parts: list[Part] | None  # for the torch side
 
 
-def packed_layout(step: Step) -> NDArray[np.int64]:
-    """The step's segments as [FIELDS, S] int64; thresholds as the bits of float64."""
+def packed_layout(step: Step, count: int) -> NDArray[np.int64]:
+    """The step's segments as [FIELDS, count] int64, thresholds as the bits of float64. Columns beyond the segments
+    describe segments of no length; with always as many, no step is the first of its shape."""
     segments = step.segments
-    length = segments[:, LENGTH]
-    first = length.cumsum() - length
-    return np.vstack((segments[:, _PACKED].T, first, _logit(segments), step.thresholds.view(np.int64)))
+    packed = np.zeros((FIELDS, count), np.int64)
+    here = packed[:, : len(segments)]
+    here[: len(_PACKED)] = segments[:, _PACKED].T
+    here[-3] = segments[:, LENGTH].cumsum() - segments[:, LENGTH]
+    here[-2], here[-1] = _logit(segments), step.thresholds.view(np.int64)
+    return packed
 
 
 def padded_layout(step: Step, size: int, count: int, scratch_row: int) -> NDArray[np.int64]:
-    """The same as [FIELDS, count] int64, filled up to `size` query tokens by tokens of the scratch row, which all have
-    a row of the logits. `count` must be above the number of segments if tokens are lacking."""
-    packed = np.zeros((FIELDS, count), np.int64)
-    number = len(step.segments)
-    packed[:, :number] = packed_layout(step)
-    taken = int(step.segments[:, LENGTH].sum())
+    """The same, filled up to `size` query tokens by tokens of the scratch row, where all tokens have a row of the
+    logits. `count` must be above the number of segments if tokens are lacking."""
+    packed = packed_layout(step, count)
+    number, taken = len(step.segments), int(step.segments[:, LENGTH].sum())
     if taken < size:
         packed[: len(_PACKED), number] = (
             scratch_row,
@@ -62,8 +64,7 @@ def padded_layout(step: Step, size: int, count: int, scratch_row: int) -> NDArra
             0,
             0,
         )
-    length = packed[1]
-    packed[-3] = packed[-2] = length.cumsum() - length
+    packed[-3] = packed[-2] = packed[1].cumsum() - packed[1]
     return packed
 
 
@@ -74,19 +75,19 @@ def unpack_layout(packed: Tensor, size: int, rows: Tensor | None, lora: bool) ->
     )
 
 
-def layout(step: Step, device: torch.device, dtype: torch.dtype) -> Layout:
-    """The step as it is, with rows of the logits for those tokens only that need them."""
-    if device.type != "cpu":
-        segments = step.segments
-        size, rows = int(segments[:, LENGTH].sum()), to_device(_rows(segments), device)
-        return unpack_layout(
-            to_device(packed_layout(step), device), size, rows, bool(segments[:, LORA].any())
-        )
-    return known_layout(step, device, dtype)
+def layout(step: Step, count: int, device: torch.device, dtype: torch.dtype) -> Layout:
+    """The step as it is, with rows of the logits for those tokens only that need them. count: of segments, at most."""
+    if device.type == "cpu":
+        return known_layout(step, device, dtype)
+    segments = step.segments
+    size, rows = int(segments[:, LENGTH].sum()), to_device(_rows(segments), device)
+    return unpack_layout(
+        to_device(packed_layout(step, count), device), size, rows, bool(segments[:, LORA].any())
+    )
 
 
 def known_layout(step: Step, device: torch.device, dtype: torch.dtype) -> Layout:
-    """The same with all that the torch side needs, on any device."""
+    """As `layout`, with all that the torch side needs, on any device."""
     return _layout(step.segments.tobytes(), step.thresholds.tobytes(), device, dtype)
 
 

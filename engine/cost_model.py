@@ -337,6 +337,7 @@ class StepTimer:
             tokens=np.full(len(started), self.token, np.int64),
             greedy=True,
             filtered=False,
+            confident=False,
         )
 
 

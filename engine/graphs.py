@@ -89,6 +89,13 @@ class Graphs:
             output = self._body(key)
         self._captured[key] = _Captured(graph, output)
 
+    def warm_up(self, query_tokens: int) -> None:
+        """Compiles what steps beyond the captured sizes launch, on a step of nothing but padding, eagerly."""
+        if self.size(query_tokens) is None:
+            packed = padded_layout(padding_step(), query_tokens, self.rows, self.scratch_row)
+            row = torch.zeros(1, dtype=torch.int64, device=self.device)
+            self.execute(unpack_layout(torch.from_numpy(packed).to(self.device), query_tokens, row, False))
+
     def _body(self, key: tuple[Shape, ...]) -> Tensor:
         outputs = [
             self.execute(unpack_layout(self._input(slot, size), size, None, lora))

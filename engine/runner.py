@@ -27,7 +27,7 @@ class Runner:
     """Runs packed steps. `forward_seconds` adds up the time inside the model's forward and head on a CPU."""
 
     def __init__(self, model: Model, config: EngineConfig) -> None:
-        self.model, self.page_size = model, config.page_size
+        self.model, self.page_size, self.max_batch_tokens = model, config.page_size, config.max_batch_tokens
         sizes = Sizes.of(config, model.config)
         length = sizes.max_model_len + sizes.slack
         columns = -(-length // config.page_size)
@@ -72,6 +72,7 @@ class Runner:
         if self.graphs is not None and self.kv.is_cuda:
             for key in self.graphs.keys(self.model.has_adapter):
                 self.graphs.capture(key)
+            self.graphs.warm_up(self.max_batch_tokens)
 
     def _one_graph(self, steps: Seq[Step]) -> bool:
         # a sequence that starts may take the row of one whose draft has not been run yet
@@ -85,10 +86,8 @@ class Runner:
     def _run(self, step: Step) -> Tensor:
         if self.graphs is not None and self.graphs.shape(step) is not None:
             return self.graphs.run([step])
-        confident = step.confident
-        return self._execute(
-            layout(step, self.model.device, self.model.dtype), step.greedy, step.filtered, confident
-        )
+        of = layout(step, self.tables.scratch_row, self.model.device, self.model.dtype)
+        return self._execute(of, step.greedy, step.filtered, step.confident)
 
     def _execute(
         self, layout: Layout, greedy: bool = False, filtered: bool = True, confident: bool = True

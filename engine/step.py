@@ -26,7 +26,7 @@ class Step:
     length; columns as named above.
     thresholds: [S] float64. grants: [G, 3] int64, (row, column, page). rows: [N, 5] int64 and sampling: [N, 3] float64,
     sequences that start in a row; tokens: their prompts, one after the other. greedy, filtered: whether all rows of
-    the batch are greedy, and whether any has a filter.
+    the batch are greedy, and whether any has a filter; confident: whether any segment commits by confidence.
     """
 
     segments: NDArray[np.int64]
@@ -37,11 +37,7 @@ class Step:
     tokens: NDArray[np.int64]
     greedy: bool
     filtered: bool
-
-    @property
-    def confident(self) -> bool:
-        """Whether any segment commits by confidence."""
-        return bool(((self.segments[:, SETTLE] == Settle.DENOISE) & (self.segments[:, COMMITS] > 0)).any())
+    confident: bool
 
 
 def padding_step() -> Step:
@@ -86,4 +82,5 @@ def pack(segments: Seq[Segment], started: Seq[Sequence], granted: Seq[tuple[int,
         tokens=np.array([t for s in started for t in s.tokens], dtype=np.int64),
         greedy=all(p.temperature == 0 for p in params),
         filtered=any(p.top_k or p.top_p < 1 or p.min_p for p in params),
+        confident=any(s.settle is Settle.DENOISE and s.commits for s in segments),
     )

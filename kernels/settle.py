@@ -131,10 +131,10 @@ def _nothing(part: Part) -> Tensor:
 
 
 def _sample(part: Part, context: Tensor, said: Tensor, tokens: Tensor, cached: Tensor) -> Tensor:
-    token, position = said[part.logits[:, 0]], context + part.block
-    tokens[part.row, position] = token
+    token, position = said[part.logits], context + part.block
+    tokens[part.row, position] = token[:, 0]
     cached[part.row] = position
-    return torch.stack((torch.ones_like(token), token), 1)
+    return F.pad(token, (1, 0), value=1)
 
 
 def _denoise(

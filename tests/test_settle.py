@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.batch import layout, padded_layout, unpack_layout
+from engine.batch import known_layout, padded_layout, unpack_layout
 from engine.segment import Pattern, Settle
 from engine.state import Tables
 from engine.step import BLOCK, LENGTH, ROW, Step
@@ -89,6 +89,7 @@ def random_step(chance: np.random.Generator, kinds: Sequence[Kind]) -> Step:
         tokens=np.zeros(0, np.int64),
         greedy=True,
         filtered=False,
+        confident=False,
     )
 
 
@@ -113,7 +114,7 @@ def test_the_kernels_expand_and_settle_as_torch_does(seed: int, kinds: list[Kind
     there = on_device(tables)
     query_tokens = int(step.segments[:, LENGTH].sum())
     size, count = query_tokens + padding, len(kinds) + (padding > 0)
-    plain = layout(step, torch.device("cpu"), torch.float32)
+    plain = known_layout(step, torch.device("cpu"), torch.float32)
     packed = torch.from_numpy(padded_layout(step, size, count, ROWS)).to(DEVICE)
     padded = unpack_layout(packed, size, None, plain.lora)
     gate = torch.float32 if plain.lora else None
@@ -177,7 +178,7 @@ def test_a_step_of_nothing_but_padding_changes_nothing(padding: int) -> None:
     there = on_device(tables)
     empty = Step(
         np.zeros((0, 9), np.int64), np.zeros(0), np.zeros((0, 3), np.int64), np.zeros((0, 4), np.int64),
-        np.zeros((0, 3)), np.zeros(0, np.int64), True, False,
+        np.zeros((0, 3)), np.zeros(0, np.int64), True, False, False,
     )  # fmt: skip
     size = 1 + padding
     padded = unpack_layout(

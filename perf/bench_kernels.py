@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from engine.batch import Layout, layout
+from engine.batch import Layout, known_layout
 from engine.config import ModelConfig
 from kernels import attention, backend
 from kernels.attention import Ragged, plan_attention, ragged_attention
@@ -412,7 +412,7 @@ def s2(here: Machine) -> Iterator[Row]:
         ("verify", verify_step(rows, block), verify_in_torch),
         ("denoise", denoise_step(rows, block), denoise_in_torch),
     ):
-        laid = layout(step, here.device, torch.float32)
+        laid = known_layout(step, here.device, torch.float32)
         tokens = torch.randint(1, 9, (rows, 256), device=here.device)
         tokens[:, 64:96:3] = 0  # masks in the canvas
         cached = torch.full((rows,), 64, device=here.device)

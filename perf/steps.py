@@ -45,6 +45,7 @@ def _step(
         tokens=np.empty(0, np.int64),
         greedy=True,
         filtered=False,
+        confident=settle is Settle.DENOISE and commits > 0,
     )
 
 

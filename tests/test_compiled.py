@@ -15,24 +15,19 @@ from perf.compiled import ARCHITECTURES, MOST_REGISTERS, MOST_SHARED, OPCODES, B
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """`python -m perf.bench_kernels --compile-only`, ended, and the file it wrote."""
-    folder = tmp_path_factory.mktemp("compiled")
-    target = folder / "kernels.json"
-    command = [
-        sys.executable,
-        "-m",
-        "perf.bench_kernels",
-        "--compile-only",
-        "--processes",
-        "2",
-        "--json",
-        str(target),
-    ]
+def compile_only(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """`python -m perf.bench_kernels --compile-only`, ended; folder/kernels.json is what it wrote."""
+    command = [sys.executable, "-m", "perf.bench_kernels", "--compile-only", "--processes", "2"]
+    command += ["--json", str(folder / "kernels.json"), *options]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True), target
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    folder = tmp_path_factory.mktemp("compiled")
+    return compile_only(folder), folder / "kernels.json"
 
 
 @pytest.mark.timeout(900)
@@ -51,6 +46,13 @@ def test_every_kernel_is_launched_by_a_step_of_the_engine(
     builds = json.loads(compiled[1].read_text())["builds"]
     assert {key.partition(" ")[0] for key in builds} == entry_points()
     assert all(f"sm_{architecture}" in build for build in builds.values() for architecture in ARCHITECTURES)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_every_size_of_model_and_step_compiles_exact_or_not_in_eight_bits_too(tmp_path: Path) -> None:
+    ended = compile_only(tmp_path, "--all")
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
 
 
 def entry_points() -> set[str]:

@@ -41,7 +41,7 @@ def kv_tokens(config: EngineConfig, model: ModelConfig) -> int:
     free, total = torch.cuda.mem_get_info(config.device)
     sizes = Sizes.of(config, model)
     width = torch.finfo(getattr(torch, config.dtype)).bits // 8
-    logits = 4 * max(512, config.max_running * sizes.segment_tokens) * model.vocab_size
+    logits = 4 * config.max_batch_tokens * model.vocab_size
     inner = model.num_heads * model.head_dim + 6 * model.hidden_size + 3 * model.intermediate_size
     activations = config.max_batch_tokens * inner * width
     tables = 8 * (config.max_running + 1) * (sizes.max_model_len + sizes.slack)

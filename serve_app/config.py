@@ -87,6 +87,8 @@ class AppConfig(_Section):
                 raise ValueError(f"{place} must be 0 or one of {BLOCK_LENGTHS}, not {_at(self, place)}")
         if self.ar_mode and self.engine.default_mode not in ("auto", "ar"):
             raise ValueError(f"ar_mode contradicts engine.default_mode: {self.engine.default_mode}")
+        if self.engine.weights == "fp8":
+            raise ValueError("engine.weights: fp8 may only draft, and this engine answers; use 'checkpoint'")
         return self
 
     @property

@@ -73,6 +73,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(raw: dict[str, Any], sente
             "ar_mode: true\nengine: {default_mode: diffusion}",
             "ar_mode contradicts engine.default_mode: diffusion",
         ),
+        ("engine: {weights: fp8}", "engine.weights: fp8 may only draft, and this engine answers"),
         ("- 1", "must hold a mapping"),
         ("server: [", "cannot read"),
     ],

@@ -569,7 +569,10 @@ def compile_only(everything: bool, processes: int, target: Path | None) -> int:
     now, problems = compile_all(launches, processes)
     if RECORD.exists():
         record = json.loads(RECORD.read_text())
-        differences = drift(record, now)
+        known = {
+            key: build for key, build in now["builds"].items() if not everything or key in record["builds"]
+        }
+        differences = drift(record, now | {"builds": known})
         for line in differences:
             print(f"drift: {line}")
         if not differences:

@@ -13,7 +13,6 @@ Without CUDA a small geometry runs in float32, which shows that the benchmark ru
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from engine.segment import Pattern
 from engine.step import BLOCK, COMMITS, PATTERN, ROW, Step
 from perf.geometry import raw_config, write_config
 from perf.steps import draft_step, occupy, rewind, verify_step
-from perf.timing import copy_bandwidth, machine, matmul_rate, seconds_of
+from perf.timing import copy_bandwidth, machine, matmul_rate, seconds_of, write_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,11 +380,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             problems.append(f"{suite}: {type(error).__name__}: {error}")
             print(problems[-1], file=sys.stderr)
         tidy()
-    print(table(rows))
-    if options.json is not None:
         report = {"machine": about, "rows": [asdict(row) for row in rows], "problems": problems}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(options.json, report)
+    print(table(rows))
     return 1 if problems else 0
 
 

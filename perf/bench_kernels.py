@@ -42,7 +42,16 @@ from perf.compiled import ARCHITECTURES, compile_all, drift, missing
 from perf.geometry import geometry
 from perf.launches import all_launches, default_launches
 from perf.steps import denoise_step, verify_step
-from perf.timing import Call, copy_bandwidth, machine, matmul_rate, nbytes, rotations, side_by_side
+from perf.timing import (
+    Call,
+    copy_bandwidth,
+    machine,
+    matmul_rate,
+    nbytes,
+    rotations,
+    side_by_side,
+    write_report,
+)
 
 RESULTS = Path(__file__).parent / "results"
 RECORD = RESULTS / "kernels.json"
@@ -532,24 +541,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def benchmark(here: Machine, suites: Sequence[str]) -> tuple[list[Row], list[str]]:
-    """The rows of the suites, and what went wrong or was left out."""
-    rows: list[Row] = []
-    problems: list[str] = []
-    for suite in suites:
-        if suite in TRITON_ONLY and not on_triton(torch.empty(0, device=here.device)):
-            print(f"{suite} is skipped: it compares the kernel with itself and needs CUDA", file=sys.stderr)
-            continue
-        try:
-            for row in SUITES[suite](here):
-                rows.append(row)
-                print(table([row]).partition("\n")[2], file=sys.stderr, flush=True)
-        except (RuntimeError, AssertionError) as error:
-            problems.append(f"{suite}: {error}")
-            print(problems[-1], file=sys.stderr)
-        if here.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return rows, problems
+def run_suite(suite: str, here: Machine, rows: list[Row], problems: list[str]) -> None:
+    """Adds the suite's rows, and what went wrong."""
+    if suite in TRITON_ONLY and not on_triton(torch.empty(0, device=here.device)):
+        print(f"{suite} is skipped: it compares the kernel with itself and needs CUDA", file=sys.stderr)
+        return
+    try:
+        for row in SUITES[suite](here):
+            rows.append(row)
+            print(table([row]).partition("\n")[2], file=sys.stderr, flush=True)
+    except (RuntimeError, AssertionError) as error:
+        problems.append(f"{suite}: {error}")
+        print(problems[-1], file=sys.stderr)
+    if here.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measured(device: torch.device, size: str, repeats: int) -> Machine:
@@ -564,7 +569,10 @@ def compile_only(everything: bool, processes: int, target: Path | None) -> int:
     now, problems = compile_all(launches, processes)
     if RECORD.exists():
         record = json.loads(RECORD.read_text())
-        differences = drift(record, now)
+        known = {
+            key: build for key, build in now["builds"].items() if not everything or key in record["builds"]
+        }
+        differences = drift(record, now | {"builds": known})
         for line in differences:
             print(f"drift: {line}")
         if not differences:
@@ -572,9 +580,7 @@ def compile_only(everything: bool, processes: int, target: Path | None) -> int:
                 f"{len(now['builds'])} builds for each of {len(ARCHITECTURES)} architectures, all as recorded"
             )
         problems += missing(record, now)
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(now, indent=1) + "\n")
+    write_report(target, now)
     for problem in problems:
         print(f"FAILED: {problem}")
     return 1 if problems else 0
@@ -605,13 +611,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here = measured(torch.device("cuda" if cuda else "cpu"), "14b" if cuda else "toy", options.repeats)
     about = machine() | {"copy_bandwidth": here.bandwidth, "matmul_rate": here.rate}
     print(", ".join(f"{key} {value}" for key, value in about.items()), file=sys.stderr)
-    rows, problems = benchmark(here, options.only)
+    rows: list[Row] = []
+    problems: list[str] = []
+    for suite in options.only:
+        run_suite(suite, here, rows, problems)
+        shown = [{**asdict(row), "ratio": row.ratio, "share": row.share} for row in rows]
+        write_report(options.json, {"machine": about, "rows": shown, "problems": problems})
     print(table(rows))
-    if options.json is not None:
-        report = {"machine": about, "rows": [{**asdict(row), "ratio": row.ratio, "share": row.share} for row in rows],
-                  "problems": problems}  # fmt: skip
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if problems else 0
 
 

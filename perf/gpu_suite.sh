@@ -63,8 +63,8 @@ if has pytest; then
         mapfile -t tests < <(grep -L hypothesis "${tests[@]}")
     fi
     has hypothesis && has httpx || pytest+=(--noconftest)
-    part kernel_tests 150 "${pytest[@]}" -m "not long" "${tests[@]}"
-    part gpu_tests 150 "${pytest[@]}" -m long tests/test_gpu.py
+    part kernel_tests 130 "${pytest[@]}" -m "not long" "${tests[@]}"
+    part gpu_tests 130 "${pytest[@]}" -m long tests/test_gpu.py
 else
     missing kernel_tests "$python has no pytest"
     missing gpu_tests "$python has no pytest"
@@ -75,7 +75,7 @@ if ! has transformers; then
     echo "no transformers: E1 is left out"
     suites=(F1 F2 E2 E3)
 fi
-part bench_forward 130 "$python" -m perf.bench_forward --repeats 10 --only "${suites[@]}" --json "$results/forward.json"
+part bench_forward 170 "$python" -m perf.bench_forward --repeats 10 --only "${suites[@]}" --json "$results/forward.json"
 
 echo
 printf '%s\n' "${table[@]}" | tee "$results/summary.txt"

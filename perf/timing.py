@@ -1,5 +1,6 @@
 """Times functions side by side: in turns, on inputs that no cache holds, in a CUDA graph where there is a GPU."""
 
+import json
 import os
 import platform
 import statistics
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,9 +149,16 @@ def _seconds(prepared: _Run, device: torch.device) -> float:
     before: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     after: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     if prepared.ahead:
-        torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]  # cycles, some 0.5 ms
+        torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]  # cycles, some 1 ms
     before.record()
     prepared.run()
     after.record()
     after.synchronize()
     return float(before.elapsed_time(after)) / 1e3
+
+
+def write_report(target: Path | None, report: dict[str, Any]) -> None:
+    """Writes JSON, if anywhere. Benchmarks do after every suite, so that one that is cut short leaves the others."""
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(report, indent=1) + "\n")

@@ -32,7 +32,7 @@ RATE = 0.05  # of the gap between prediction and observation, closed by one obse
 SURPRISE = math.log(1.5)  # the most that one observation can say: a compilation or a pause is no news
 BOUND = 4.0  # of all corrections together, as a factor
 # settings that change no step's cost
-FREE_SETTINGS = ("checkpoint", "cost_file", "default_mode", "diffusion", "lag", "ridge_tokens")
+FREE_SETTINGS = ("checkpoint", "cost_file", "default_mode", "diffusion", "kv_tokens", "lag", "ridge_tokens")
 # Of the 14B: KV bytes of one token in bf16 (40 layers, 8 KV heads of 128, keys and values), and what an attention
 # kernel is assumed to reach of a B200's 8e12 bytes a second.
 KV_BYTES_14B = 163_840

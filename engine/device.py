@@ -8,6 +8,9 @@ import triton
 
 from engine.config import EngineConfig, ModelConfig, Sizes
 
+PAGE_SIZE = (
+    64  # two programs of attention fit an SM; longer pages spill, shorter ones starve its matrix units
+)
 SPARE = 0.08  # of a GPU's memory, for what captured graphs and the allocator need
 
 
@@ -24,10 +27,21 @@ def check_device(config: EngineConfig, model: ModelConfig) -> None:
     if capability >= (10, 0) and release < (3, 8):
         # loops with matrix products come out wrong or racing there: triton-lang/triton issues 9871 and 10590
         raise ValueError(f"device: Blackwell needs Triton 3.8 or newer, not {triton.__version__}")
-    if config.page_size not in (16, 32, 64, 128):
-        raise ValueError(f"page_size: {config.page_size} is none of the kernels' 16, 32, 64, 128")
+    if config.dtype == "float64":
+        raise ValueError("dtype: the kernels compute in bfloat16 or float32, not float64")
+    if config.page_size != PAGE_SIZE:
+        raise ValueError(f"page_size: the kernels are made for pages of {PAGE_SIZE}, not {config.page_size}")
     if model.head_dim & (model.head_dim - 1) or model.head_dim < 16:
         raise ValueError(f"head_dim: {model.head_dim} is not a power of two of at least 16")
+
+
+def use_device(name: str) -> None:
+    """Makes a device the calling thread's own, and products of bfloat16 exact up to their last rounding."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        if device.index is not None:
+            torch.cuda.set_device(device)
 
 
 def kv_tokens(config: EngineConfig, model: ModelConfig) -> int:

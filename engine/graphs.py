@@ -28,7 +28,7 @@ class _Captured:
 
 
 class Graphs:
-    """Runs steps of up to `limit` query tokens for `rows` running sequences."""
+    """Runs steps for `rows` running sequences, of as many query tokens as the largest captured size."""
 
     def __init__(
         self,
@@ -38,12 +38,15 @@ class Graphs:
         limit: int,
         device: torch.device,
     ) -> None:
-        """execute: a layout to the packed output of its step."""
+        """execute: a layout to the packed output of its step. limit: query tokens of any step, and of its padding."""
         self.execute, self.rows, self.scratch_row, self.device = execute, rows, scratch_row, device
         self.sizes = [size for size in SIZES if size < limit] + [min(limit, SIZES[-1])]
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._captured: dict[tuple[Shape, ...], _Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.limit = limit
+        if device.type == "cuda":
+            # blocks of a pool are used again within one stream only
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def size(self, query_tokens: int) -> int | None:
         """The captured size that holds so many query tokens; None if none does."""
@@ -79,7 +82,7 @@ class Graphs:
     def capture(self, key: tuple[Shape, ...]) -> None:
         """Records a graph on steps of nothing but padding."""
         self._fill([padding_step() for _ in key], key)
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._body(key)  # compiles what is to be captured
@@ -89,12 +92,17 @@ class Graphs:
             output = self._body(key)
         self._captured[key] = _Captured(graph, output)
 
-    def warm_up(self, query_tokens: int) -> None:
+    def warm_up(self) -> None:
         """Compiles what steps beyond the captured sizes launch, on a step of nothing but padding, eagerly."""
-        if self.size(query_tokens) is None:
-            packed = padded_layout(padding_step(), query_tokens, self.rows, self.scratch_row)
+        if self.size(self.limit) is None:
+            packed = padded_layout(padding_step(), self.limit, self.rows, self.scratch_row)
             row = torch.zeros(1, dtype=torch.int64, device=self.device)
-            self.execute(unpack_layout(torch.from_numpy(packed).to(self.device), query_tokens, row, False))
+            self.execute(unpack_layout(torch.from_numpy(packed).to(self.device), self.limit, row, False))
+
+    def holds(self, steps: Seq[Step]) -> bool:
+        """Whether the steps can run as one without capturing anything first."""
+        shapes = [self.shape(step) for step in steps]
+        return None not in shapes and (self.device.type != "cuda" or tuple(shapes) in self._captured)
 
     def _body(self, key: tuple[Shape, ...]) -> Tensor:
         outputs = [

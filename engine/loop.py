@@ -13,12 +13,12 @@ import torch
 
 from engine.config import EngineConfig, ModeChoice
 from engine.cost_model import BUDGET_SECONDS, CostModel, StepTimer, conditions, measure, read_or_measure
-from engine.device import device_name, kv_tokens
+from engine.device import device_name, kv_tokens, use_device
 from engine.engine import Engine, EngineStatus
 from engine.executor import Executor, LocalExecutor
 from engine.request import Delta, EngineError, Request
 from engine.runner import load_model
-from engine.selfcheck import check_kernels
+from engine.selfcheck import check_graphs, check_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class EngineLoop:
     def __init__(self, config: EngineConfig) -> None:
         """Raises CheckpointError if the checkpoint cannot be served."""
         torch.set_num_threads(config.threads)
+        self.device = config.device
+        use_device(self.device)
         self.phases: dict[str, float] = {}
         with self._phase("load the checkpoint"):
             model = load_model(config)
@@ -53,6 +55,7 @@ class EngineLoop:
         with self._phase("check and capture the kernels"):
             check_kernels(executor.runner)
             executor.runner.capture()
+            check_graphs(executor.runner)
         with self._phase("measure step costs"):
             self.cost_model = self.engine.cost_model = step_costs(config, executor)
         self.model = self.engine.model_config
@@ -144,6 +147,7 @@ class EngineLoop:
     def _run(self) -> None:
         before: float | None = None  # when the last report came, unless the engine was idle since
         try:
+            use_device(self.device)
             while self._obey(wait=self.engine.idle):
                 before = self._step(before)
         except Exception as error:

@@ -11,11 +11,11 @@ from engine.checkpoint import local_folder
 from engine.config import EngineConfig, ModelConfig, Sizes
 from engine.device import check_device
 from engine.fp8 import check_fp8
-from engine.graphs import ROUND_TOKENS, Graphs
+from engine.graphs import Graphs
 from engine.model import Model
 from engine.output import StepOutput, to_host
 from engine.state import Tables
-from engine.step import LENGTH, Step
+from engine.step import Step
 from engine.weights import dummy_weights, load_weights
 from kernels.backend import on_triton
 from kernels.expand import Expanded, expand
@@ -27,7 +27,8 @@ class Runner:
     """Runs packed steps. `forward_seconds` adds up the time inside the model's forward and head on a CPU."""
 
     def __init__(self, model: Model, config: EngineConfig) -> None:
-        self.model, self.page_size, self.max_batch_tokens = model, config.page_size, config.max_batch_tokens
+        self.model, self.page_size = model, config.page_size
+        self.adapter = config.draft_lora and model.has_adapter
         sizes = Sizes.of(config, model.config)
         length = sizes.max_model_len + sizes.slack
         columns = -(-length // config.page_size)
@@ -70,17 +71,17 @@ class Runner:
     def capture(self) -> None:
         """Records all graphs that serving needs. Without CUDA there are none."""
         if self.graphs is not None and self.kv.is_cuda:
-            for key in self.graphs.keys(self.model.has_adapter):
+            for key in self.graphs.keys(self.adapter):
                 self.graphs.capture(key)
-            self.graphs.warm_up(self.max_batch_tokens)
+            self.graphs.warm_up()
 
     def _one_graph(self, steps: Seq[Step]) -> bool:
         # a sequence that starts may take the row of one whose draft has not been run yet
         return (
             self.graphs is not None
             and len(steps) > 1
-            and all(step.segments[:, LENGTH].sum() <= ROUND_TOKENS for step in steps)
             and not any(len(step.rows) for step in steps[1:])
+            and self.graphs.holds(steps)
         )
 
     def _run(self, step: Step) -> Tensor:
@@ -95,7 +96,7 @@ class Runner:
         """One forward and what ends its segments. The last three are hints, as in `choose`."""
         tables, rows = self.tables, layout.rows
         batch, logits = self.forward(layout)
-        said, sure = batch.row, logits
+        said, sure = batch.row, tables.sampling.temperature  # nobody reads them where there are no logits
         if len(logits):
             row, target = (batch.row, batch.target) if rows is None else (batch.row[rows], batch.target[rows])
             said, sure = choose(

@@ -75,10 +75,11 @@ class Tables:
             )
         )
         owner, column, token = to_device(place, self.device)
-        self.tokens[row] = self.mask_id
+        # filled, not assigned: a number that is assigned goes to a GPU by way of a copy that waits
+        self.tokens.index_fill_(0, row, self.mask_id)
         self.tokens[owner, column] = token
         self.cached[row] = rows[ROW_CACHED]
-        self.passes[row] = 0
+        self.passes.index_fill_(0, row, 0)
         self.sampling.seed[row] = rows[ROW_SEED]
         self.sampling.top_k[row] = rows[ROW_TOP_K]
         self.sampling.temperature[row] = sampling[TEMPERATURE]

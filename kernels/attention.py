@@ -83,7 +83,7 @@ class WorkList:
     items: Tensor  # [most, FIELDS] int32
     arrived: Tensor  # [tiles, kv_heads] int32 pieces that have ended; 0 between launches
     partial: Tensor  # [rows * heads, head_dim] float32 weighted sums of values, where pieces are several
-    softmax: Tensor  # [rows * heads, 2] float32 their largest scores, unscaled, and sums of weights
+    softmax: Tensor  # [rows * heads, 2] float32 their largest scores, scaled, and sums of weights
     programs: int
     exact: bool
 
@@ -285,11 +285,12 @@ def _build_work_list(
 @triton.jit
 def _fold(scores, v, top, weight, acc, SCALE: tl.constexpr):
     """Adds a page's keys to a running softmax. Rows that have seen no key yet stay at -inf, 0, 0."""
-    higher = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher) * SCALE
+    # scaled at once: where the top stays, the rest is shrunk by exp2(0), which is 1 whatever the compiler fuses
+    higher = tl.maximum(top, tl.max(scores, 1) * SCALE)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
     # explicit, so that masked and unmasked scores are rounded alike
     weights = tl.exp2(tl.fma(scores, SCALE, -base[:, None]))
-    shrink = tl.exp2(tl.fma(top, SCALE, -base))
+    shrink = tl.exp2(top - base)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return higher, weight * shrink + tl.sum(weights, 1), acc
 
@@ -397,9 +398,9 @@ def _attend(
                         its = partial_ptr + partial * HEAD_DIM + flat
                         its_acc = tl.load(its, inside[:, None], 0.0, cache_modifier=".cg")
                         higher = tl.maximum(top, its_top)
-                        base = tl.where(higher == float("-inf"), 0.0, higher) * SCALE
-                        shrink = tl.exp2(tl.fma(top, SCALE, -base))
-                        its_shrink = tl.exp2(tl.fma(its_top, SCALE, -base))
+                        base = tl.where(higher == float("-inf"), 0.0, higher)
+                        shrink = tl.exp2(top - base)
+                        its_shrink = tl.exp2(its_top - base)
                         weight = weight * shrink + its_weight * its_shrink
                         acc = acc * shrink[:, None] + its_acc * its_shrink[:, None]
                         top = higher

@@ -183,7 +183,7 @@ def expand_reference(
     return Expanded(context, open_, token_ids, positions, slots, upto, lo, hi, known.row, target, known.gate)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_tokens"])
 def _expand_kernel(
     row_ptr,
     length_ptr,

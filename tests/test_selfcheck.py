@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from engine.batch import Layout, unpack_layout
 from engine.config import SamplingParams
 from engine.executor import LocalExecutor
 from engine.request import Request
 from engine.runner import Runner
-from engine.selfcheck import check_kernels
+from engine.selfcheck import check_graphs, check_kernels
 from fakes import generate, toy_engine
 from kernels.backend import implementation, on_triton
 from kernels.norm import add_rms_norm
@@ -42,7 +43,9 @@ def replaced(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]
 @pytest.mark.parametrize("settings", [{"kv_tokens": 208}, {"max_running": 1, "exact": True}])
 def test_right_kernels_pass(settings: dict[str, Any]) -> None:
     with implementation("triton"):
-        check_kernels(runner(**settings))
+        ready = runner(**settings)
+        check_kernels(ready)
+        check_graphs(ready)
 
 
 def test_kernels_that_differ_from_run_to_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +66,19 @@ def test_kernels_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         check_kernels(runner(max_running=1))
 
 
+def test_graphs_without_the_adapter_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server once captured its drafts with the base weights, and nobody noticed."""
+
+    def without(packed: Tensor, size: int, rows: Tensor | None, lora: bool) -> Layout:
+        return unpack_layout(packed, size, rows, False)
+
+    with implementation("triton"):
+        ready = runner(block_length=8)
+        monkeypatch.setattr("engine.graphs.unpack_layout", without)
+        with pytest.raises(RuntimeError, match="captured graphs bring other tokens"):
+            check_graphs(ready)
+
+
 def test_the_check_leaves_no_trace_in_an_answer() -> None:
     request = Request("0", (5, 9, 11), SamplingParams(temperature=0, max_tokens=3), mode="ar")
     fresh = generate(toy_engine(1, dtype="float32"), [request])
@@ -70,4 +86,5 @@ def test_the_check_leaves_no_trace_in_an_answer() -> None:
         engine = toy_engine(1, dtype="float32")
         assert isinstance(engine.executor, LocalExecutor)
         check_kernels(engine.executor.runner)
+        check_graphs(engine.executor.runner)
         assert generate(engine, [request]) == fresh

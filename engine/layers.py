@@ -100,7 +100,7 @@ class Layer:
         """x: [T, hidden], what the layer before adds to the residual stream. kv: [pages, page_size, 2 * kv_heads,
         head_dim]. Returns this layer's addition and the stream before it."""
         x, residual = add_rms_norm(x, residual, self.input_norm, config.rms_norm_eps)
-        qkv = linear(x, *self.qkv, exact=exact).view(len(x), -1, config.head_dim)
+        qkv = linear(x, *self.qkv, exact=exact).view(x.shape[0], -1, config.head_dim)
         q = rope_and_store(qkv, rope.cos, rope.sin, rope.scale, kv, batch.slots, config.num_heads)
         attended = ragged_attention(q, kv, attention)
         x = linear(attended, *self.o, exact=exact)

@@ -31,7 +31,9 @@ def linear(
     tiles, or the library, are chosen by T. Launches that split K share counters, so they must share one stream.
     """
     if not on_triton(x):
-        return linear_reference(x, weight, scale, out_dtype, exact)
+        # the common case at once, since it is called more often than all else on a CPU
+        plain = scale is None and out_dtype is None
+        return F.linear(x, weight) if plain else linear_reference(x, weight, scale, out_dtype, exact)
     tokens, rows = len(x), len(weight)
     # the interpreter's tensors are on the CPU, and tests want the kernel there
     if tokens > SKINNY_TOKENS and scale is None and not exact and x.device.type != "cpu":

@@ -30,6 +30,7 @@ REPEATS = 5  # timings of a point, after one that is not counted
 BUDGET_SECONDS = {"cpu": 1.0, "cuda": 10.0}  # of a measurement at start
 RATE = 0.05  # of the gap between prediction and observation, closed by one observation
 SURPRISE = math.log(1.5)  # the most that one observation can say: a compilation or a pause is no news
+SILENCE = 0.02  # a difference that is not worth the arithmetic
 BOUND = 4.0  # of all corrections together, as a factor
 # settings that change no step's cost
 FREE_SETTINGS = ("checkpoint", "cost_file", "default_mode", "diffusion", "kv_tokens", "lag", "ridge_tokens")
@@ -98,6 +99,8 @@ class CostModel:
         if not 0 < seconds < math.inf:
             return
         surprise = math.log(seconds / self.seconds(query_tokens, context))
+        if abs(surprise) < SILENCE:
+            return
         step = RATE * max(-SURPRISE, min(SURPRISE, surprise))
         index, part, _ = _place(self._contexts, context)
         octaves = np.abs(self._octaves - math.log2(max(query_tokens, 1.0)))

@@ -40,7 +40,7 @@ class Graphs:
     ) -> None:
         """execute: a layout to the packed output of its step. limit: query tokens of any step, and of its padding."""
         self.execute, self.rows, self.scratch_row, self.device = execute, rows, scratch_row, device
-        self.sizes = [size for size in SIZES if size < limit] + [min(limit, SIZES[-1])]
+        self.sizes = sorted({min(size, limit) for size in SIZES})
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._captured: dict[tuple[Shape, ...], _Captured] = {}
         self.limit = limit

@@ -9,9 +9,7 @@
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 2
 results=${1:-perf/results/gpu}
-python=${PYTHON:-python3}
-mkdir -p "$results" || exit 2
-results=$(cd "$results" && pwd)
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONPATH=.:tests PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 table=()
@@ -45,10 +43,12 @@ missing() {
     failed=1
 }
 
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "perf/gpu_suite.sh needs $python to have a torch that sees a GPU" >&2
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    echo "perf/gpu_suite.sh needs $python to have a torch that sees a GPU; PYTHON names another one" >&2
     exit 2
 fi
+mkdir -p "$results" || exit 2
+results=$(cd "$results" && pwd)
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>/dev/null
 "$python" -c 'from perf.timing import machine; print(", ".join(f"{k} {v}" for k, v in machine().items()))' |
     tee "$results/machine.txt"

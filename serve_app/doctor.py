@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engine.config import CheckpointError
 from serve_app.config import AppConfig
-from serve_app.local_server import StartError, check_checkpoint, check_port
+from serve_app.local_server import StartError, check_checkpoint, check_device, check_port
 
 OLDEST_PYTHON = (3, 11)
 BLACKWELL = 10  # compute capability, major
@@ -70,16 +70,13 @@ def _torch(config: AppConfig) -> str:
     _version("torch")
     import torch
 
-    if not config.engine.device.startswith("cuda"):
+    check_device(config)
+    if config.engine.device == "cpu":
         return f"{torch.__version__}, engine on {config.engine.device}"
-    if not torch.cuda.is_available():
-        raise Problem(f"{torch.__version__} sees no GPU, but engine.device is {config.engine.device}")
     return f"{torch.__version__}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 
 def _triton() -> str:
-    if find_spec("triton") is None:
-        return "not installed; only GPUs need it"
     version = _version("triton")
     import torch
 
@@ -118,9 +115,13 @@ def _checkpoint(config: AppConfig) -> str:
 
 
 def _memory(config: AppConfig) -> str:
-    folder, _ = check_checkpoint(config)
-    weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    on_host = weights if config.engine.device == "cpu" else 0
+    _, model = check_checkpoint(config)
+    from engine.weights import expected_shapes
+
+    width = {"bfloat16": 2, "float32": 4, "float64": 8}[config.engine.dtype]
+    weights = sum(map(math.prod, expected_shapes(model).values()))
+    cache = config.engine.kv_tokens * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    on_host = width * (weights + cache) if config.engine.device == "cpu" else 0
     available = _available_bytes()
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else None
     if available < SERVER_BYTES + on_host:

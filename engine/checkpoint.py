@@ -23,8 +23,11 @@ def local_folder(checkpoint: str, weights: bool = True) -> Path:
     Every process calls this for itself: on another machine the cache has another path. Raises CheckpointError.
     """
     folder = Path(checkpoint)
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:  # a name that no file system takes
+        raise CheckpointError(f"no such checkpoint folder: {error.strerror}") from error
     pinned = PINNED.fullmatch(checkpoint)
     if pinned:
         patterns = TEXT_FILES + WEIGHT_FILES if weights else TEXT_FILES

@@ -84,7 +84,7 @@ class ModelConfig:
         """Reads a checkpoint's config.json. Raises CheckpointError naming the key that is missing or unsupported."""
         try:
             raw = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
                  "sliding_window": None, "model_type": "nemotron_labs_diffusion"}  # fmt: skip
@@ -109,6 +109,14 @@ class ModelConfig:
                 eos_ids=tuple(int(i) for i in eos) if isinstance(eos, list) else (int(eos),),
                 rope=RopeConfig.from_dict(raw["rope_parameters"]),
             )
+            counts = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers,
+                      config.num_heads, config.num_kv_heads, config.head_dim, config.max_position,
+                      config.block_length - 1, config.rope.original_max_position)  # fmt: skip
+            sizes = (config.rms_norm_eps, config.rope.theta, config.rope.factor)
+            if min(counts) < 1 or not all(0 < size < math.inf for size in sizes):
+                raise CheckpointError(f"{path}: the geometry has a value that is not positive")
+            if not all(0 <= token < config.vocab_size for token in (config.bos_id, *config.eos_ids)):
+                raise CheckpointError(f"{path}: a special token is not in the vocabulary")
             if config.num_heads % config.num_kv_heads or not 0 <= config.mask_id < config.vocab_size:
                 raise CheckpointError(f"{path}: the head counts or the mask id do not fit the geometry")
             return config
@@ -116,8 +124,8 @@ class ModelConfig:
             raise CheckpointError(f"{path}: key {error} is missing") from error
         except CheckpointError:
             raise
-        except (TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}: a value is of the wrong type: {error}") from error
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise CheckpointError(f"{path}: a value cannot be used: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

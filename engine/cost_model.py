@@ -6,8 +6,8 @@ Plain values, for the controller and for simulators; what is measured comes thro
 import json
 import logging
 import math
-import os
 import statistics
+import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
@@ -388,12 +388,20 @@ def read_or_measure(path: str, key: Key, measured: Callable[[], CostModel]) -> C
     except (OSError, ValueError) as error:
         logger.warning("%s cannot be used (%s); measuring anew", file, error)
     model = measured()
+    store(path, model)
+    return model
+
+
+def store(path: str, model: CostModel) -> None:
+    """Keeps a model, corrections included, at the path; with an empty path nothing is stored."""
+    if not path:
+        return
+    file = Path(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # replicas that start together each write a file of their own, and the last one stays
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        temporary.write_text(model.to_json())
-        temporary.replace(file)
+        # replicas that end together each write a file of their own, and the last one stays
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
+            temporary.write(model.to_json())
+        Path(temporary.name).replace(file)
     except OSError as error:
         logger.warning("the step costs could not be stored: %s", error)
-    return model

@@ -12,7 +12,15 @@ from dataclasses import replace
 import torch
 
 from engine.config import EngineConfig, ModeChoice
-from engine.cost_model import BUDGET_SECONDS, CostModel, StepTimer, conditions, measure, read_or_measure
+from engine.cost_model import (
+    BUDGET_SECONDS,
+    CostModel,
+    StepTimer,
+    conditions,
+    measure,
+    read_or_measure,
+    store,
+)
 from engine.device import device_name, kv_tokens, use_device
 from engine.engine import Engine, EngineStatus
 from engine.executor import Executor, LocalExecutor
@@ -21,6 +29,10 @@ from engine.runner import load_model
 from engine.selfcheck import check_graphs, check_kernels
 
 logger = logging.getLogger(__name__)
+
+OBSERVED = (
+    4  # one step in so many corrects the cost model: an observation takes as long as a small model's layer
+)
 
 
 class _Stream:
@@ -109,6 +121,7 @@ class EngineLoop:
         """Stops the thread; requests still running get no more tokens."""
         self._commands.put(None)
         self._thread.join()
+        store(self.engine.config.cost_file, self.cost_model)
 
     def _add(self, request: Request, stream: _Stream) -> None:
         if self._error is not None:
@@ -171,7 +184,7 @@ class EngineLoop:
         if before is None and not self.engine.config.lag:
             before = start
         shapes, model = self.engine.reported, self.cost_model
-        if before is not None:
+        if before is not None and self.engine.steps % OBSERVED == 0:
             predicted = [model.seconds(*shape) for shape in shapes]
             for shape, seconds in zip(shapes, predicted, strict=True):
                 model.observe(*shape, (end - before) * seconds / sum(predicted))

@@ -32,6 +32,7 @@ class PagePool:
     def __init__(self, total: int, page_size: int) -> None:
         self.total, self.page_size = total, page_size
         self.asked_tokens = self.hit_tokens = 0  # of texts that were looked up, so far
+        self.version = 0  # changes whenever `find` or `idle` may answer otherwise than before
         self._free = set(range(total))
         self._holders = [0] * total
         self._keys: dict[int, bytes] = {}
@@ -58,6 +59,7 @@ class PagePool:
     def share(self, pages: list[int], found: list[int], tokens: int) -> None:
         """Moves what `find` found for a text of `tokens` tokens to a sequence's empty list, to be read only."""
         assert not pages
+        self.version += 1
         self.asked_tokens += tokens
         self.hit_tokens += len(found) * self.page_size
         for page in found:
@@ -76,6 +78,7 @@ class PagePool:
             elif self._free:
                 page = self._free.pop()
             else:
+                self.version += 1
                 page, _ = self._idle.popitem(last=False)
                 del self._pages[self._keys.pop(page)]
             self._holders[page] = 1
@@ -87,9 +90,11 @@ class PagePool:
         if key not in self._pages:
             assert self._holders[page] and page not in self._keys, "what a page holds has changed"
             self._keys[page], self._pages[key] = key, page
+            self.version += 1
 
     def release(self, pages: list[int]) -> None:
         """Takes all pages of a sequence back and empties its list. Of a text's pages the last is the first to go."""
+        self.version += 1
         for page in reversed(pages):
             self._holders[page] -= 1
             if self._holders[page]:

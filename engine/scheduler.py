@@ -26,6 +26,12 @@ class Scheduler:
         self.started: list[Sequence] = []  # rows to fill on the device before this step
         self.granted: list[tuple[int, int, int]] = []  # (row, column, page) new in the page tables
         self._rows = list(range(config.max_running - 1, -1, -1))
+        self._looked_up: tuple[Sequence | None, int, list[int], int] = (
+            None,
+            0,
+            [],
+            0,
+        )  # see `_start_waiting`
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -86,14 +92,18 @@ class Scheduler:
             sequence = self.waiting[0]
             if sequence.in_flight:
                 return  # preempted with a step on its way, which may still bring tokens
-            found = self._find(sequence)
-            room = self.pool.free - self.pool.idle(found) - self._wanting(sequence, len(found))
+            if self._looked_up[:2] != (sequence, self.pool.version):  # a long prompt may wait for many steps
+                found = self._find(sequence)
+                self._looked_up = (sequence, self.pool.version, found, self.pool.idle(found))
+            found, idle = self._looked_up[2:]
+            room = self.pool.free - idle - self._wanting(sequence, len(found))
             if room >= 0 and wanted < 0:
                 wanted = sum(self._wanting(s, len(s.pages)) for s in self.running)
             # a sequence that starts without room for its first segment beside the others' next would be preempted
             if self.running and room < max(wanted, 0):
                 return
             self.waiting.popleft()
+            self._looked_up = (None, 0, [], 0)
             self.pool.share(sequence.pages, found, len(sequence.tokens))
             sequence.start(self._rows.pop(), len(found) * self.pool.page_size)
             sequence.registered = len(found)

@@ -92,8 +92,9 @@ def _round(runner: Runner, together: bool) -> tuple[Tensor, Tensor]:
 def _fill(runner: Runner, wanted: int, own: int) -> int:
     """Gives up to `wanted` rows a context of made-up tokens and room for `own` more; returns how many."""
     tables, config = runner.tables, runner.model.config
-    held = min(tables.pages.shape[1] - 1, (runner.kv.shape[1] - 1) // wanted)  # pages of each row
-    rows = min(wanted, len(tables.cached) - 1)
+    pool, needed = runner.kv.shape[1] - 1, own // runner.page_size + 1
+    rows = max(1, min(wanted, len(tables.cached) - 1, pool // needed))
+    held = min(tables.pages.shape[1] - 1, pool // rows)  # pages of each row
     context = min(CONTEXT, held * runner.page_size - own, tables.tokens.shape[1] - own - runner.canvas)
     row, column = np.mgrid[:rows, :held].reshape(2, -1)
     text = np.random.default_rng(0).integers(0, config.vocab_size - 1, (rows, context + 1))

@@ -220,7 +220,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, Path] | None]:
         placed = {
             str(name): folder / file for name, file in json.loads(index.read_text())["weight_map"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: {error!r}") from error
     files = sorted(set(placed.values()))
     elsewhere = [file for file in files if file.parent != folder or not file.name.endswith(".safetensors")]
@@ -279,9 +279,19 @@ def _adapter_rank_and_scale(path: Path) -> tuple[int, float]:
         raw = json.loads(path.read_text())
         rank, targets = int(raw["r"]), raw["target_modules"]
         scale = float(raw["lora_alpha"]) / rank
-        others = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+        others = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias",
+                  "layers_to_transform", "modules_to_save", "exclude_modules")  # fmt: skip
         plain = raw["peft_type"] == "LORA" and not any(raw.get(key) for key in others)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        plain = plain and raw.get("bias", "none") == "none" and math.isfinite(scale)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"{path}: {error!r}") from error
     if targets != ["o_proj"] or not plain:
         raise CheckpointError(f"{path}: only plain LoRA on o_proj is supported, not {targets}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 
 from conftest import free_port
 from engine.checkpoint import local_folder, short_name
-from engine.config import CheckpointError, EngineConfig
+from engine.config import CheckpointError, EngineConfig, ModelConfig
+from fakes import TOY, write_checkpoint
 from serve_app.cli import main
 
 BUNDLED = Path(EngineConfig().checkpoint)
@@ -218,3 +220,27 @@ def test_a_folder_of_a_relative_name_is_named_in_full(
     monkeypatch.chdir(BUNDLED.parent)
     main(["doctor", "--checkpoint", BUNDLED.name, "--port", str(free_port())])
     assert str(BUNDLED) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_key_value_heads", 0),
+        ("hidden_size", -4),
+        ("block_size", 0),
+        ("vocab_size", math.inf),
+        ("rms_norm_eps", math.nan),
+        ("eos_token_id", [10**6]),
+    ],
+)
+def test_a_geometry_that_cannot_be_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    write_checkpoint(tmp_path, TOY)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(CheckpointError):
+        ModelConfig.from_json(file)
+
+
+def test_a_name_that_no_file_system_takes_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        local_folder("x" * 5000)

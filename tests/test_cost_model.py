@@ -325,14 +325,15 @@ async def test_a_server_measures_once_and_observes_every_step(config: EngineConf
     async for _ in loop.stream(Request("a", (5, 6), sampling, mode="ar")):
         pass
     assert loop.cost_model is loop.engine.cost_model and loop.cost_model.to_json() != stored
-    assert Path(config.cost_file).read_text() == stored
     loop.close()
+    assert Path(config.cost_file).read_text() == loop.cost_model.to_json()
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 async def test_observed_steps_have_the_shapes_that_were_run(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch, lag: Literal[0, 1]
 ) -> None:
+    monkeypatch.setattr("engine.loop.OBSERVED", 1)
     loop = EngineLoop(replace(config, lag=lag))
     seen: list[tuple[float, ...]] = []
     monkeypatch.setattr(loop.cost_model, "observe", lambda *step: seen.append(step))

@@ -82,13 +82,13 @@ class Graphs:
     def capture(self, key: tuple[Shape, ...]) -> None:
         """Records a graph on steps of nothing but padding."""
         self._fill([padding_step() for _ in key], key)
-        stream = self._stream
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        serving = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(serving)
+        with torch.cuda.stream(self._stream):
             self._body(key)  # compiles what is to be captured
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        serving.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             output = self._body(key)
         self._captured[key] = _Captured(graph, output)
 

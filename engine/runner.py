@@ -61,10 +61,10 @@ class Runner:
             for step in steps:
                 self.tables.update(step)
             packed = self.graphs.run(steps)
-            return to_host(packed[: len(steps[-1].segments)])
-        for step in steps:
-            self.tables.update(step)
-            packed = self._run(step)
+        else:
+            for step in steps:
+                self.tables.update(step)
+                packed = self._run(step)
         return to_host(packed[: len(steps[-1].segments)])
 
     @torch.inference_mode()

@@ -51,7 +51,10 @@ class ServeConfig(_Section):
     max_queued_requests: int = 1024  # per ingress replica, beyond those; more are answered 503
     access_log: bool = False
     health_check_seconds: float = 1.0
-    stuck_seconds: float = 300.0  # an engine with work and without a step is replaced
+    heartbeat_seconds: float = (
+        5.0  # an engine with work and without a step gets no requests; its own go on elsewhere
+    )
+    stuck_seconds: float = 30.0  # such an engine is replaced
     start_seconds: float = 1800.0  # until every replica must be up
     drain_seconds: float = 600.0  # what a leaving replica's streams get
     stats_port: int = 8404  # HAProxy's own pages

@@ -154,6 +154,7 @@ def ray_environment(config: AppConfig) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy else "0",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(config.serve.health_check_seconds),
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # what is logged of a failing replica is not to be lost
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung one would keep its GPU for `drain_seconds`
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     if haproxy:

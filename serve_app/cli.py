@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,9 +95,16 @@ def _serve_forever(config: AppConfig) -> int:
     except StartError as error:
         print(f"triserve: {error}", file=sys.stderr)
         return FAILURE
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
     print(ready_screen(server, time.perf_counter() - began), flush=True)
-    while True:
+    while not terminated.is_set():
         signal.pause()
+    print("TriServe takes no more requests and finishes those it has.", flush=True)
+    left = server.drain()
+    if left:
+        print(f"serve.drain_seconds are over: {left} answers are cut.", file=sys.stderr)
+    return 0
 
 
 def ready_screen(server: LocalServer, seconds: float) -> str:

@@ -47,6 +47,7 @@ CONFIG: dict[str, tuple[float, float]] = {
     "serve.max_ongoing_requests": (1, 10**6),
     "serve.max_queued_requests": (1, 10**6),
     "serve.health_check_seconds": (0.1, 600),
+    "serve.heartbeat_seconds": (0.5, 600),
     "serve.stuck_seconds": (1, 24 * 3600),
     "serve.start_seconds": (1, 24 * 3600),
     "serve.drain_seconds": (0, 24 * 3600),

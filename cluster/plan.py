@@ -191,7 +191,7 @@ def plan(
 def memory_of(config: EngineConfig, model: ModelConfig, gpu: Gpu, ranks: int) -> Memory:
     """How a rank's GPU is filled. No cache (0 tokens) means that not even the weights and a step may fit; `unused` is
     negative then."""
-    weights, step = resident_bytes(config, model, ranks), step_bytes(config, model)
+    weights, step = resident_bytes(config, model, ranks), step_bytes(config, model, ranks)
     tokens = pool_tokens(gpu.hbm - DRIVER - weights, gpu.hbm, config, model, ranks)
     cache, reserve = tokens * token_bytes(config, model, ranks), spare_bytes(gpu.hbm)
     unused = gpu.hbm - DRIVER - weights - cache - step - reserve

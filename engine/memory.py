@@ -32,12 +32,14 @@ def resident_bytes(config: EngineConfig, model: ModelConfig, ranks: int) -> int:
     return (weights + rotary) * WIDTH[config.dtype]
 
 
-def step_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    """The largest step's logits and activations, and the tables of all rows."""
+def step_bytes(config: EngineConfig, model: ModelConfig, ranks: int = 1) -> int:
+    """One rank's logits and activations of the largest step, and the tables of all rows."""
     sizes = Sizes.of(config, model)
     logits = 4 * config.max_batch_tokens * model.vocab_size
-    inner = model.num_heads * model.head_dim + 6 * model.hidden_size + 3 * model.intermediate_size
-    activations = config.max_batch_tokens * inner * WIDTH[config.dtype]
+    if ranks > 1:
+        logits *= 2  # gathered, and laid side by side
+    shared = model.num_heads * model.head_dim + 3 * model.intermediate_size
+    activations = config.max_batch_tokens * (shared // ranks + 6 * model.hidden_size) * WIDTH[config.dtype]
     tables = 8 * (config.max_running + 1) * (sizes.max_model_len + sizes.slack)
     return logits + activations + tables
 
@@ -50,6 +52,6 @@ def token_bytes(config: EngineConfig, model: ModelConfig, ranks: int = 1) -> int
 def pool_tokens(free: int, total: int, config: EngineConfig, model: ModelConfig, ranks: int = 1) -> int:
     """The tokens of a rank's page pool, in whole pages, on a GPU with `total` bytes of which `free` are left once the
     weights are there; 0 if there is no room."""
-    room = free - spare_bytes(total) - step_bytes(config, model)
+    room = free - spare_bytes(total) - step_bytes(config, model, ranks)
     pages = room // token_bytes(config, model, ranks) // config.page_size
     return max(0, pages) * config.page_size

@@ -16,10 +16,10 @@ from serve_app import limits
 
 GIB = 2**30
 BASIS = """PREDICTED, not measured: decode forwards alone, without prefill, scheduling and HTTP. A formula fitted to
-another server's forwards of the 14B on one B200 (median error 3 %, at most 14 %; of the 8B 4 and 16 %), scaled
+another server's forwards of the 14B on one B200 (median error 3 %, at most 13 %; of the 8B 4 and 16 %), scaled
 by data sheets for other GPUs and by published all-reduce times for TP; tokens per round as on public
-benchmarks, of which open chat reaches about half. That server as a whole, at short contexts, reached 30 to
-68 % of what its forwards allow. The formula and its sources: docs/topology.md."""
+benchmarks, of which open chat reaches about half. That server as a whole, at short contexts, reached 26 to
+67 % of what its forwards allow. The formula and its sources: docs/topology.md."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

@@ -95,7 +95,7 @@ def test_tokens_of_a_round_are_the_served_sweeps_means() -> None:
     assert all(tokens <= block for block, tokens in LINEAR_TOKENS.items())
 
 
-def test_the_served_14b_reached_a_third_to_nine_tenths_of_what_is_predicted_for_its_forwards() -> None:
+def test_the_served_14b_reached_a_quarter_to_two_thirds_of_what_is_predicted_for_its_forwards() -> None:
     shares = []
     for block, sequences in ((32, 1), (32, 4), (16, 8), (16, 16), (16, 32), (8, 64), (8, 128)):
         served = [

@@ -61,10 +61,10 @@ def page(name: str, made: Plan, context: int) -> list[str]:
     lines = [
         f"{name} on {shape}",
         "",
-        f"tensor parallel {made.ranks}, {made.replicas} replicas{idle}",
+        f"tensor parallel {made.ranks}, replicas {made.replicas}{idle}",
         f"placement group of a replica: {_bundles(group.bundles)}, {how}",
         *(
-            f"  TP {option.ranks}: {option.replicas} replicas, {option.tokens:,} cached tokens each, "
+            f"  TP {option.ranks}, replicas {option.replicas}: {option.tokens:,} cached tokens each, "
             f"{option.tokens_per_second:,.0f} tokens/s in all"
             for option in made.options
         ),

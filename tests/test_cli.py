@@ -262,6 +262,8 @@ def test_a_plan_is_a_configuration_with_its_reasons_in_comments(capsys: pytest.C
         assert re.search(rf"^#   {mode} .*\d", text, re.M)
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"] == settings
+    documented = (Path(__file__).parent.parent / "docs" / "topology.md").read_text()
+    assert text in documented
 
 
 def test_a_plan_reads_the_geometry_of_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> str:
     if options.json:
         return json.dumps({**made.as_dict(), "basis": " ".join(BASIS.split())}, indent=2)
     comments = "".join(f"# {line}".rstrip() + "\n" for line in page(options.model, made, options.context))
-    return comments + yaml.safe_dump(made.settings, sort_keys=False)
+    return comments + yaml.safe_dump(made.settings, sort_keys=False).rstrip()
 
 
 def page(name: str, made: Plan, context: int) -> list[str]:

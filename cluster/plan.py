@@ -217,12 +217,11 @@ def idle_of(pool: Pool, ranks: int) -> str:
 
 
 def placement_of(pool: Pool, ranks: int) -> Placement:
-    """A bundle a rank, all on one node; or a bundle a node, on as many nodes of one NVLink domain."""
+    """A bundle a rank, all on one node, or else on nodes of one NVLink domain."""
+    bundles = [{"GPU": 1}] * ranks
     if ranks <= pool.node_gpus:
-        return Placement([{"CPU": 1, "GPU": 1}] * ranks, "STRICT_PACK", {})
-    bundle = {"CPU": pool.node_gpus, "GPU": pool.node_gpus}
-    topology = {DOMAIN_LABEL: "STRICT_PACK", NODE_LABEL: "STRICT_SPREAD"}
-    return Placement([bundle] * (ranks // pool.node_gpus), "", topology)
+        return Placement(bundles, "STRICT_PACK", {})
+    return Placement(bundles, "", {DOMAIN_LABEL: "STRICT_PACK", NODE_LABEL: "PACK"})
 
 
 def _divisors(model: ModelConfig) -> list[int]:

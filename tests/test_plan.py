@@ -68,15 +68,15 @@ def test_long_contexts_take_more_ranks() -> None:
 def test_a_group_of_eight_spans_two_trays_and_never_two_domains() -> None:
     made = plan(MODEL, "x", pool("gb200", 19), 8192, 64, ranks=8)
     assert (made.replicas, made.idle, made.idle_where) == (9, 4, "1 node of domain 2")
-    assert made.placement.bundles == [{"CPU": 4, "GPU": 4}] * 2 and made.placement.strategy == ""
-    assert made.placement.topology == {"ray.io/gpu-domain": "STRICT_PACK", "ray.io/node-id": "STRICT_SPREAD"}
+    assert made.placement.bundles == [{"GPU": 1}] * 8 and made.placement.strategy == ""
+    assert made.placement.topology == {"ray.io/gpu-domain": "STRICT_PACK", "ray.io/node-id": "PACK"}
     odd = plan(MODEL, "x", pool("gb200", 37), 8192, 64, ranks=8)  # 18 + 18 + 1
     assert (odd.replicas, odd.idle) == (18, 4)
 
 
 def test_a_group_on_one_node_is_packed_there() -> None:
     made = plan(MODEL, "x", pool("gb200", 3), 8192, 64, ranks=4)
-    assert made.placement.bundles == [{"CPU": 1, "GPU": 1}] * 4
+    assert made.placement.bundles == [{"GPU": 1}] * 4
     assert made.placement.strategy == "STRICT_PACK" and made.placement.topology == {}
     assert made.replicas == 3
 

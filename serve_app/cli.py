@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import MODES
+from cluster.plan import PlanError
+from engine.config import MODES, CheckpointError
 from serve_app.config import AppConfig, ConfigError, load
 from serve_app.doctor import report
 from serve_app.local_server import LocalServer, StartError
+from serve_app.plan import add_options, run
 from serve_app.supervisor import supervise
 
 USAGE_ERROR = 2
@@ -27,6 +29,8 @@ FAILURE = 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 for a failure, 2 for a wrong command line or configuration."""
     options = _parser().parse_args(arguments)
+    if options.command == "plan":
+        return _plan(options)
     try:
         config = load(options.config, _overrides(options))
     except ConfigError as error:
@@ -56,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--mode", choices=["auto", *MODES], help="decoding mode of requests that name none"
         )
+    description = "derive replicas, tensor parallelism and memory from a pool of GPUs; prints a configuration"
+    add_options(commands.add_parser("plan", help=description, description=description))
     return parser
 
 
@@ -73,6 +79,15 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 def _absolute(checkpoint: str) -> str:
     """Servers run in a folder of their own; what is no folder here is left for the check to judge."""
     return os.path.abspath(checkpoint) if os.path.isdir(checkpoint) else checkpoint
+
+
+def _plan(options: argparse.Namespace) -> int:
+    try:
+        print(run(options))
+    except (PlanError, CheckpointError) as error:
+        print(f"triserve: {error}", file=sys.stderr)
+        return FAILURE
+    return 0
 
 
 def _doctor(config: AppConfig) -> int:

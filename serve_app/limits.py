@@ -54,3 +54,12 @@ CONFIG: dict[str, tuple[float, float]] = {
     "serve.stats_port": (1, 65535),
     "serve.metrics_port": (1, 65535),
 }
+
+# `triserve plan`: (least, most) of an option. As many one-GPU replicas as this allows are as many as may be configured.
+PLAN = {
+    "nodes": (1, 128),
+    "gpus-per-node": (1, 8),
+    "tp": (1, 64),
+    "context": (1, 2**24),
+    "max-running": (1, 4096),
+}

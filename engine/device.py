@@ -45,8 +45,9 @@ def use_device(name: str) -> None:
 
 
 def kv_tokens(config: EngineConfig, model: ModelConfig) -> int:
-    """The tokens that the page pool holds: as configured, or what is free on the GPU once the weights are there, less
-    what the largest step's logits and activations take. Raises ValueError if that is nothing."""
+    """The tokens that the page pool holds: as configured, or what is free on the GPU once the rank's weights are there,
+    less what the largest step's logits and activations take. model: the whole geometry. Raises ValueError if that is
+    nothing."""
     if config.kv_tokens:
         return config.kv_tokens
     if not config.device.startswith("cuda"):
@@ -55,11 +56,14 @@ def kv_tokens(config: EngineConfig, model: ModelConfig) -> int:
     free, total = torch.cuda.mem_get_info(config.device)
     sizes = Sizes.of(config, model)
     width = torch.finfo(getattr(torch, config.dtype)).bits // 8
+    share = model.share(config.tensor_parallel)
     logits = 4 * config.max_batch_tokens * model.vocab_size
-    inner = model.num_heads * model.head_dim + 6 * model.hidden_size + 3 * model.intermediate_size
+    if config.tensor_parallel > 1:
+        logits *= 2  # gathered, and laid side by side
+    inner = share.num_heads * model.head_dim + 6 * model.hidden_size + 3 * share.intermediate_size
     activations = config.max_batch_tokens * inner * width
     tables = 8 * (config.max_running + 1) * (sizes.max_model_len + sizes.slack)
-    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
+    token = 2 * model.num_layers * share.num_kv_heads * model.head_dim * width
     room = free - int(SPARE * total) - logits - activations - tables
     pages = room // token // config.page_size
     if pages < 1:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+# torch 2.13 has given it another name
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # Up to here one GPU reading its peers' buffers beats a ring: a step of 64 tokens of the 14B's hidden states.
 ONE_SHOT_BYTES = 64 * 5120 * 2
 
@@ -88,7 +91,7 @@ class Distributed:
     def _parts(self, x: Tensor) -> Tensor:
         """x of every rank, [size, ...]."""
         parts = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(parts, x, group=self._group)
+        _all_gather(parts, x, group=self._group)
         return parts.view(self.size, *x.shape)
 
 

@@ -197,7 +197,9 @@ def check_ranks(config: ModelConfig, ranks: int) -> None:
     }
     uneven = [f"{key} {count}" for key, count in counts.items() if count % ranks]
     if uneven:
-        raise CheckpointError(f"{ranks} ranks cannot share out {' and '.join(uneven)} evenly")
+        raise CheckpointError(
+            f"tensor_parallel: {ranks} ranks cannot share out {' and '.join(uneven)} evenly"
+        )
 
 
 def _collect(tensors: Iterable[tuple[str, Tensor]], fp8: bool) -> dict[str, Tensor]:

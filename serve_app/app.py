@@ -25,7 +25,8 @@ def build(args: AppConfig) -> Application:
         "health_check_timeout_s": max(30.0, 3 * args.serve.health_check_seconds),
         "graceful_shutdown_timeout_s": args.serve.drain_seconds,
     }
-    gpus = 1 if args.engine.device.startswith("cuda") else 0
+    # ranks have GPUs of their own, which the replica asks for itself
+    gpus = 1 if args.engine.device.startswith("cuda") and args.engine.tensor_parallel == 1 else 0
     engine = serve.deployment(
         name="engine",
         num_replicas=args.replicas,

@@ -24,8 +24,9 @@ class EngineReplica:
     def __init__(self, config: EngineConfig, patience: float) -> None:
         # Not at the top: the ingress and the command line import this module and must not pay for torch.
         from engine.loop import EngineLoop
+        from serve_app.replica_executor import make_executor
 
-        self._engine = EngineLoop(config)
+        self._engine = EngineLoop(config, make_executor)
         self._progress = Progress(patience)
 
     async def stream(self, packed: dict[str, Any], interval: float) -> AsyncGenerator[Chunk, None]:

@@ -94,7 +94,8 @@ class LocalServer:
 
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, self.config.replicas),
+            # a replica takes one, and half a one for each of several ranks
+            num_cpus=max(os.cpu_count() or 1, self.config.replicas * self.config.engine.tensor_parallel),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

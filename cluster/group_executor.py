@@ -51,6 +51,7 @@ class GroupExecutor:
         check_ranks(self.model_config, config.tensor_parallel)
         self.has_adapter, self.device_name, self.phases = False, "", dict[str, float]()
         self._runs = 0
+        self._said: dict[tuple[bytes, int], bytes] = {}  # by kind and rank: one rank may be ahead of another
         self._lost, self._started = "", False
         self._losing = threading.Lock()
         self._tell_lost = lost
@@ -119,22 +120,19 @@ class GroupExecutor:
         self._release = None
 
     def _collect(self, kind: bytes, seconds: float | None = None) -> list[bytes]:
-        """What every rank says of a kind."""
-        said: dict[int, bytes] = {}
+        """What every rank says of a kind, once."""
         deadline = None if seconds is None else time.monotonic() + seconds
         ranks = self.config.tensor_parallel
-        while len(said) < ranks:
+        while missing := [str(rank) for rank in range(ranks) if (kind, rank) not in self._said]:
             try:
                 rank, found, body = self._receive(deadline)
             except TimeoutError:
-                missing = ", ".join(str(rank) for rank in range(ranks) if rank not in said)
                 raise RuntimeError(
-                    f"of {ranks} ranks, these have not joined within {seconds:g} s (rendezvous_seconds): {missing}"
+                    f"of {ranks} ranks, these have not joined within {seconds:g} s (rendezvous_seconds): "
+                    + ", ".join(missing)
                 ) from None
-            if found != kind:
-                raise RuntimeError(f"rank {rank} said {found!r} instead of {kind!r}")
-            said[rank] = body
-        return [said[rank] for rank in range(ranks)]
+            self._said[found, rank] = body
+        return [self._said[kind, rank] for rank in range(ranks)]
 
     def _receive(self, deadline: float | None) -> tuple[int, bytes, bytes]:
         """The next message of a rank. Raises TimeoutError at the deadline (monotonic seconds), RuntimeError when a rank

@@ -22,7 +22,7 @@ GPU_RANK = {"GPU": 1.0}
 RETRY_SECONDS = 0.5  # nodes may still be joining
 
 
-class Worker:
+class RankWorker:
     """The process of one rank, whose steps run in a thread. Nothing but `watch` is ever called."""
 
     def __init__(self, config: EngineConfig, rank: int, invitation: Invitation) -> None:
@@ -75,7 +75,7 @@ def start_group(config: EngineConfig, lost: Callable[[str], None]) -> GroupExecu
         for rank in range(config.tensor_parallel):
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             options = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0)}
-            actor = ray.remote(Worker).options(scheduling_strategy=where, **options)
+            actor = ray.remote(RankWorker).options(scheduling_strategy=where, **options)
             workers.append(actor.remote(config, rank, executor.invitation))
         threading.Thread(target=watch, name="watch", daemon=True).start()
         executor.start()

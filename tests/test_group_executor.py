@@ -220,12 +220,7 @@ def test_two_processes_say_what_one_says_until_one_is_killed() -> None:
     alone = LocalExecutor.load(replace(TWO, tensor_parallel=1))
     chance = random.Random(1)
     sampled = SamplingParams(temperature=0.9, seed=3, max_tokens=8, ignore_eos=True)
-    samplings = (
-        replace(sampled, temperature=0),
-        sampled,
-        replace(sampled, top_k=9),
-        replace(sampled, top_p=0.8),
-    )
+    samplings = (sampled, replace(sampled, top_k=9, top_p=0.8))
     requests = [
         Request(
             f"{mode} {index}",

@@ -205,6 +205,10 @@ def check_device(config: AppConfig) -> None:
 
     if not torch.cuda.is_available():  # Ray would wait for one
         raise StartError(f"engine.device is {engine.device}, but torch {torch.__version__} sees no GPU here")
+    if engine.tensor_parallel > torch.cuda.device_count():
+        raise StartError(
+            f"engine.tensor_parallel is {engine.tensor_parallel}, but torch sees {torch.cuda.device_count()} GPUs here"
+        )
 
 
 def check_port(host: str, port: int) -> None:

@@ -15,21 +15,19 @@ numbers = st.integers(-(2**63), 2**63 - 1)
 floats = st.floats(allow_nan=False)
 
 
-def tables(
-    element: st.SearchStrategy[float], columns: int, dtype: type
-) -> st.SearchStrategy[NDArray[np.generic]]:
-    rows = st.lists(st.lists(element, min_size=columns, max_size=columns), max_size=4)
-    return rows.map(lambda values: np.array(values, dtype).reshape(-1, columns))
+def tables(columns: int) -> st.SearchStrategy[NDArray[np.int64]]:
+    rows = st.lists(st.lists(numbers, min_size=columns, max_size=columns), max_size=4)
+    return rows.map(lambda values: np.array(values, np.int64).reshape(-1, columns))
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
-    segments, rows = draw(tables(numbers, COLUMNS, np.int64)), draw(tables(numbers, ROW_COLUMNS, np.int64))
+    segments, rows = draw(tables(COLUMNS)), draw(tables(ROW_COLUMNS))
     amounts = draw(st.lists(floats, min_size=4 * 4 + 4, max_size=4 * 4 + 4))
     return Step(
         segments=segments,
         thresholds=np.array(amounts[: len(segments)]),
-        grants=draw(tables(numbers, 3, np.int64)),
+        grants=draw(tables(3)),
         rows=rows,
         sampling=np.array(amounts[4 : 4 + 3 * len(rows)]).reshape(-1, 3),
         tokens=np.array(draw(st.lists(numbers, max_size=6)), np.int64),
@@ -53,7 +51,7 @@ def test_steps_arrive_as_they_were_sent(number: int, sent: list[Step]) -> None:
                 assert before == after
 
 
-@given(st.integers(0, 2**62), tables(numbers, 3, np.int64))
+@given(st.integers(0, 2**62), tables(3))
 def test_an_output_arrives_as_it_was_sent(number: int, packed: NDArray[np.int64]) -> None:
     arrived, got = unpack_output(pack_output(number, packed))
     assert arrived == number and np.array_equal(got, packed)

@@ -47,7 +47,7 @@ class MadeUp(threading.Thread):
     def __init__(self, rank: int, invitation: Invitation, **report: Any) -> None:
         super().__init__(daemon=True)
         geometry = ModelConfig.from_json(Path(TWO.checkpoint) / "config.json")
-        self.report = {
+        self.report: dict[str, Any] = {
             "fingerprint": "f",
             "geometry": asdict(geometry),
             "has_adapter": True,

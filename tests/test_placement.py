@@ -7,22 +7,21 @@ from cluster.placement import Node, PlacementError, place
 CLIQUE, DOMAIN = "nvidia.com/gpu.clique", "ray.io/gpu-domain"
 
 
-def trays(count: int, gpus: int = 4, **labels: str) -> list[Node]:
-    names = {"clique": CLIQUE, "domain": DOMAIN}
-    return [Node({names[key]: value for key, value in labels.items()}, {"GPU": gpus, "CPU": 8})] * count
+def trays(count: int, domain: str = "", label: str = DOMAIN) -> list[Node]:
+    """Nodes of four GPUs and eight CPUs."""
+    return [Node({label: domain} if domain else {}, {"GPU": 4, "CPU": 8})] * count
 
 
 def test_ranks_that_fit_one_node_stand_on_one() -> None:
-    placement = place(4, {"GPU": 1}, trays(2, domain="a"))
+    placement = place(4, {"GPU": 1}, trays(2, "a"))
     assert placement.bundles == [{"GPU": 1}] * 4
     assert (placement.strategy, placement.topology_strategy) == ("STRICT_PACK", None)
 
 
-@pytest.mark.parametrize("label", ["domain", "clique"])
+@pytest.mark.parametrize("label", [DOMAIN, CLIQUE])
 def test_more_ranks_than_a_node_holds_stand_in_one_domain(label: str) -> None:
-    placement = place(8, {"GPU": 1}, trays(1, **{label: "a"}) + trays(2, **{label: "b"}))
-    name = {"domain": DOMAIN, "clique": CLIQUE}[label]
-    assert placement.topology_strategy == {name: "STRICT_PACK", "ray.io/node-id": "PACK"}
+    placement = place(8, {"GPU": 1}, trays(1, "a", label) + trays(2, "b", label))
+    assert placement.topology_strategy == {label: "STRICT_PACK", "ray.io/node-id": "PACK"}
     assert placement.strategy is None
 
 
@@ -40,7 +39,7 @@ def test_every_resource_of_a_bundle_counts() -> None:
 
 def test_domains_are_not_mixed_and_the_refusal_names_the_largest() -> None:
     with pytest.raises(PlacementError) as refusal:
-        place(12, {"GPU": 1}, trays(2, domain="a") + trays(1, domain="b"))
+        place(12, {"GPU": 1}, trays(2, "a") + trays(1, "b"))
     assert str(refusal.value) == (
         "tensor_parallel: 12 ranks of 1 GPU each must stand in one node or one NVLink domain; of 3 nodes the largest "
         "has room for 4, and the largest domain, ray.io/gpu-domain=a, for 8"

@@ -1,5 +1,6 @@
 """Ranks as Ray actors, on a made-up cluster of two NVLink domains."""
 
+import logging
 import os
 import random
 import signal
@@ -37,9 +38,9 @@ def domains() -> Iterator[dict[str, str]]:
     )
     for domain in ("a", "b", "b"):
         cluster.add_node(num_cpus=1, object_store_memory=MEMORY, labels={DOMAIN_LABELS[0]: domain})
-    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    yield {node["NodeID"]: node["Labels"].get(DOMAIN_LABELS[0], "") for node in ray.nodes()}  # type: ignore[no-untyped-call]
-    ray.shutdown()
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+    yield {node["NodeID"]: node["Labels"].get(DOMAIN_LABELS[0], "") for node in ray.nodes()}
+    ray.shutdown()  # type: ignore[no-untyped-call]
     cluster.shutdown()
     del os.environ[MARK]
 

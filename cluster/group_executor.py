@@ -19,8 +19,8 @@ from engine.checkpoint import local_folder
 from engine.config import CheckpointError, EngineConfig, ModelConfig
 from engine.executor import phase
 from engine.output import unpack_committed
+from engine.shapes import check_ranks
 from engine.step import Step
-from engine.weights import check_ranks
 
 NOTICE_SECONDS = 0.01  # until whoever waits for a rank notices that one is lost
 
@@ -48,7 +48,10 @@ class GroupExecutor:
         CheckpointError for a checkpoint that the ranks cannot share, and ValueError for a taken port."""
         folder = local_folder(config.checkpoint, weights=False)
         self.config, self.model_config = config, ModelConfig.from_json(folder / "config.json")
-        check_ranks(self.model_config, config.tensor_parallel)
+        try:
+            check_ranks(self.model_config, config.tensor_parallel)
+        except CheckpointError as error:
+            raise CheckpointError(f"tensor_parallel: {error}") from error
         self.has_adapter, self.device_name, self.phases = False, "", dict[str, float]()
         self._runs = 0
         self._said: dict[tuple[bytes, int], bytes] = {}  # by kind and rank: one rank may be ahead of another

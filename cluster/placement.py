@@ -26,11 +26,11 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Arguments of a Ray placement group: one bundle a rank, all on one node, or by label."""
+    """One replica's Ray placement group: `strategy`, or else `topology`, says how its bundles lie."""
 
     bundles: list[dict[str, float]]
-    strategy: str | None
-    topology_strategy: dict[str, str] | None
+    strategy: str
+    topology: dict[str, str]
 
 
 def place(ranks: int, bundle: Mapping[str, float], nodes: Seq[Node]) -> Placement:
@@ -39,7 +39,7 @@ def place(ranks: int, bundle: Mapping[str, float], nodes: Seq[Node]) -> Placemen
     bundles = [dict(bundle) for _ in range(ranks)]
     largest = max((_ranks_on(node, bundle) for node in nodes), default=0)
     if largest >= ranks:
-        return Placement(bundles, "STRICT_PACK", None)
+        return Placement(bundles, "STRICT_PACK", {})
     domains: dict[tuple[str, str], int] = {}
     for node in nodes:
         for label in DOMAIN_LABELS:
@@ -48,7 +48,7 @@ def place(ranks: int, bundle: Mapping[str, float], nodes: Seq[Node]) -> Placemen
                 domains[domain] = domains.get(domain, 0) + _ranks_on(node, bundle)
     for label in DOMAIN_LABELS:
         if any(of == label and count >= ranks for (of, _), count in domains.items()):
-            return Placement(bundles, None, {label: "STRICT_PACK", NODE_LABEL: "PACK"})
+            return Placement(bundles, "", {label: "STRICT_PACK", NODE_LABEL: "PACK"})
     one = " and ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
     if domains:
         (label, value), count = max(domains.items(), key=lambda domain: domain[1])

@@ -95,11 +95,10 @@ def _reserve(config: EngineConfig) -> PlacementGroup:
     deadline = time.monotonic() + config.placement_seconds
     bundle = bundle_of(config)
     placement = _placement(config, bundle, deadline)
-    group: PlacementGroup = placement_group(
-        placement.bundles,
-        **({"strategy": placement.strategy} if placement.strategy else {}),
-        topology_strategy=placement.topology_strategy,
-    )
+    how: dict[str, Any] = {"strategy": placement.strategy}
+    if placement.topology:
+        how = {"topology_strategy": placement.topology}
+    group: PlacementGroup = placement_group(placement.bundles, **how)
     if group.wait(max(1.0, deadline - time.monotonic())):
         return group
     remove_placement_group(group)

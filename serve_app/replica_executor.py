@@ -2,9 +2,11 @@
 
 import logging
 import os
+import threading
 
 from engine.config import EngineConfig
 from engine.executor import Executor, LocalExecutor
+from serve_app.engine_replica import FAILED_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +21,6 @@ def make_executor(config: EngineConfig) -> Executor:
 
 
 def _die(reason: str) -> None:
-    """Ends this process at once, so that Serve replaces it and whoever follows an answer continues it elsewhere; an
-    error in the answer would end it instead."""
+    """Ends this process once its requests have been told, so that Serve replaces it, idle or not."""
     logger.error("the replica ends: %s", reason)
-    os._exit(1)
+    threading.Timer(FAILED_SECONDS, os._exit, (1,)).start()

@@ -20,9 +20,9 @@ from engine.output import HostOutput
 from engine.request import Delta, Request
 from engine.runner import Runner
 from engine.segment import Pattern
+from engine.shapes import expected_shapes, share
 from engine.step import BLOCK, PATTERN, ROW, Step
 from engine.tp import Group
-from engine.weights import expected_shapes, share
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where the Triton kernels are tested
 torch.set_num_threads(1)  # more threads than idle cores only wait for each other

@@ -15,21 +15,21 @@ def trays(count: int, domain: str = "", label: str = DOMAIN) -> list[Node]:
 def test_ranks_that_fit_one_node_stand_on_one() -> None:
     placement = place(4, {"GPU": 1}, trays(2, "a"))
     assert placement.bundles == [{"GPU": 1}] * 4
-    assert (placement.strategy, placement.topology_strategy) == ("STRICT_PACK", None)
+    assert (placement.strategy, placement.topology) == ("STRICT_PACK", {})
 
 
 @pytest.mark.parametrize("label", [DOMAIN, CLIQUE])
 def test_more_ranks_than_a_node_holds_stand_in_one_domain(label: str) -> None:
     placement = place(8, {"GPU": 1}, trays(1, "a", label) + trays(2, "b", label))
-    assert placement.topology_strategy == {label: "STRICT_PACK", "ray.io/node-id": "PACK"}
-    assert placement.strategy is None
+    assert placement.topology == {label: "STRICT_PACK", "ray.io/node-id": "PACK"}
+    assert placement.strategy == ""
 
 
 def test_rays_own_label_comes_first_and_the_device_plugins_serves_where_it_does_not() -> None:
     both = [Node({DOMAIN: "a", CLIQUE: "x"}, {"GPU": 4})] * 2
-    assert DOMAIN in (place(8, {"GPU": 1}, both).topology_strategy or {})
+    assert DOMAIN in (place(8, {"GPU": 1}, both).topology)
     split = [Node({DOMAIN: str(i), CLIQUE: "x"}, {"GPU": 4}) for i in range(2)]
-    assert CLIQUE in (place(8, {"GPU": 1}, split).topology_strategy or {})
+    assert CLIQUE in (place(8, {"GPU": 1}, split).topology)
 
 
 def test_every_resource_of_a_bundle_counts() -> None:

@@ -39,7 +39,8 @@ def domains() -> Iterator[dict[str, str]]:
     for domain in ("a", "b", "b"):
         cluster.add_node(num_cpus=1, object_store_memory=MEMORY, labels={DOMAIN_LABELS[0]: domain})
     ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-    yield {node["NodeID"]: node["Labels"].get(DOMAIN_LABELS[0], "") for node in ray.nodes()}
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    yield {node["NodeID"]: node["Labels"].get(DOMAIN_LABELS[0], "") for node in nodes}
     ray.shutdown()  # type: ignore[no-untyped-call]
     cluster.shutdown()
     del os.environ[MARK]

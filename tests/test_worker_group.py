@@ -41,8 +41,8 @@ def domains() -> Iterator[dict[str, str]]:
     ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     yield {node["NodeID"]: node["Labels"].get(DOMAIN_LABELS[0], "") for node in nodes}
-    ray.shutdown()  # type: ignore[no-untyped-call]
-    cluster.shutdown()
+    ray.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
     del os.environ[MARK]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.forecast import Speed, rounds, speed
 from cluster.gpu import Gpu
+from cluster.placement import DOMAIN_LABELS, NODE_LABEL, Placement
 from engine.config import CheckpointError, EngineConfig, ModelConfig, ModeName, Sizes
 from engine.memory import PAGE_SIZE, pool_tokens, resident_bytes, spare_bytes, step_bytes, token_bytes
 from engine.shapes import check_ranks
@@ -15,7 +16,6 @@ from engine.shapes import check_ranks
 DRIVER = 2**29  # bytes that CUDA and its libraries take of a GPU before the first tensor; a round figure
 BATCH_TOKENS = 2048  # query tokens of a step: 64 sequences with blocks of 32
 BATCHES = (1, 8, 32, 64)
-DOMAIN_LABEL, NODE_LABEL = "ray.io/gpu-domain", "ray.io/node-id"
 
 
 class PlanError(ValueError):
@@ -56,15 +56,6 @@ class Memory:
     @property
     def total(self) -> int:
         return self.driver + self.weights + self.cache + self.step + self.reserve + self.unused
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """One replica's Ray placement group: `strategy`, or else `topology`, says how its bundles lie."""
-
-    bundles: list[dict[str, int]]
-    strategy: str
-    topology: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +209,10 @@ def idle_of(pool: Pool, ranks: int) -> str:
 
 def placement_of(pool: Pool, ranks: int) -> Placement:
     """A bundle a rank, all on one node, or else on nodes of one NVLink domain."""
-    bundles = [{"GPU": 1}] * ranks
+    bundles: list[dict[str, float]] = [{"GPU": 1}] * ranks
     if ranks <= pool.node_gpus:
         return Placement(bundles, "STRICT_PACK", {})
-    return Placement(bundles, "", {DOMAIN_LABEL: "STRICT_PACK", NODE_LABEL: "PACK"})
+    return Placement(bundles, "", {DOMAIN_LABELS[0]: "STRICT_PACK", NODE_LABEL: "PACK"})
 
 
 def _divisors(model: ModelConfig) -> list[int]:

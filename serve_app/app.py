@@ -28,7 +28,8 @@ def build(args: AppConfig) -> Application:
         "health_check_timeout_s": args.serve.heartbeat_seconds,  # three in a row end a replica
         "graceful_shutdown_timeout_s": args.serve.drain_seconds,
     }
-    gpus = 1 if args.engine.device.startswith("cuda") else 0
+    # ranks have GPUs of their own, which the replica asks for itself
+    gpus = 1 if args.engine.device.startswith("cuda") and args.engine.tensor_parallel == 1 else 0
     engine = serve.deployment(
         name="engine",
         num_replicas=args.replicas,

@@ -33,8 +33,9 @@ class EngineReplica:
     def __init__(self, config: EngineConfig, heartbeat: float, patience: float) -> None:
         # Not at the top: the ingress and the command line import this module and must not pay for torch.
         from engine.loop import EngineLoop
+        from serve_app.replica_executor import make_executor
 
-        self._engine = EngineLoop(config)
+        self._engine = EngineLoop(config, make_executor)
         self._heartbeat, self._patience = heartbeat, patience
         self._name = serve.get_replica_context().replica_id.unique_id
         self._streams = 0

@@ -112,7 +112,8 @@ class LocalServer:
 
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, self.config.replicas),
+            # a replica takes one, and half a one for each of several ranks
+            num_cpus=max(os.cpu_count() or 1, self.config.replicas * self.config.engine.tensor_parallel),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -222,6 +223,10 @@ def check_device(config: AppConfig) -> None:
 
     if not torch.cuda.is_available():  # Ray would wait for one
         raise StartError(f"engine.device is {engine.device}, but torch {torch.__version__} sees no GPU here")
+    if engine.tensor_parallel > torch.cuda.device_count():
+        raise StartError(
+            f"engine.tensor_parallel is {engine.tensor_parallel}, but torch sees {torch.cuda.device_count()} GPUs here"
+        )
 
 
 def check_port(host: str, port: int) -> None:

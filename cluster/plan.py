@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.forecast import Speed, rounds, speed
 from cluster.gpu import Gpu
-from cluster.placement import DOMAIN_LABELS, NODE_LABEL, Placement
+from cluster.placement import DOMAIN_LABELS, Node, Placement, place
 from engine.config import CheckpointError, EngineConfig, ModelConfig, ModeName, Sizes
 from engine.memory import PAGE_SIZE, pool_tokens, resident_bytes, spare_bytes, step_bytes, token_bytes
 from engine.shapes import check_ranks
@@ -98,9 +98,9 @@ class Plan:
             "max_running",
             "max_batch_tokens",
             "ridge_tokens",
+            "tensor_parallel",
         )
-        engine = {name: getattr(self.engine, name) for name in names}
-        return {"replicas": self.replicas, "engine": {**engine, "tensor_parallel": self.ranks}}
+        return {"replicas": self.replicas, "engine": {name: getattr(self.engine, name) for name in names}}
 
     def as_dict(self) -> dict[str, Any]:
         """The plan in JSON's types."""
@@ -161,6 +161,7 @@ def plan(
     held = replace(config, kv_tokens=best.tokens)
     drafted = speed(model, pool.gpu, best.ranks, config, "linear_spec", max_running, context)
     plain = speed(model, pool.gpu, best.ranks, config, "ar", max_running, context)
+    config = replace(config, tensor_parallel=best.ranks)
     if drafted.tokens_per_second > plain.tokens_per_second:  # `auto` then still drafts in a full batch
         config = replace(config, ridge_tokens=max_running * drafted.block_length)
     return Plan(
@@ -208,11 +209,13 @@ def idle_of(pool: Pool, ranks: int) -> str:
 
 
 def placement_of(pool: Pool, ranks: int) -> Placement:
-    """A bundle a rank, all on one node, or else on nodes of one NVLink domain."""
-    bundles: list[dict[str, float]] = [{"GPU": 1}] * ranks
-    if ranks <= pool.node_gpus:
-        return Placement(bundles, "STRICT_PACK", {})
-    return Placement(bundles, "", {DOMAIN_LABELS[0]: "STRICT_PACK", NODE_LABEL: "PACK"})
+    """One replica's placement group, as an engine asks for it on such nodes."""
+    nodes = [
+        Node({DOMAIN_LABELS[0]: str(domain)}, {"GPU": pool.node_gpus})
+        for domain, count in enumerate(pool.domains)
+        for _ in range(count)
+    ]
+    return place(ranks, {"GPU": 1}, nodes)
 
 
 def _divisors(model: ModelConfig) -> list[int]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from engine.asking import Asking
 from engine.config import EngineConfig, ModeChoice
 from engine.cost_model import (
     BUDGET_SECONDS,
@@ -52,7 +53,7 @@ class _Stream:
 class EngineLoop:
     """Loads a checkpoint and serves it until closed. `phases` holds the seconds of each part of the start."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, asking: Asking | None = None) -> None:
         """Raises CheckpointError if the checkpoint cannot be served."""
         torch.set_num_threads(config.threads)
         self.device = config.device
@@ -63,7 +64,7 @@ class EngineLoop:
         with self._phase("set up the engine"):
             config = replace(config, kv_tokens=kv_tokens(config, model.config))
             executor = LocalExecutor(model, config)
-            self.engine = Engine(config, executor)
+            self.engine = Engine(config, executor, asking)
         with self._phase("check and capture the kernels"):
             check_kernels(executor.runner)
             executor.runner.capture()

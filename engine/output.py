@@ -16,9 +16,18 @@ class StepOutput:
 
     def committed(self) -> list[list[int]]:
         """The committed tokens of each segment; waits for them."""
+        return [row[1 : 1 + row[0]] for row in self._rows()]
+
+    def drawn(self) -> list[list[int]]:
+        """What stands behind each segment's seed token after a pass that committed nothing, masks included, and then
+        anything; waits for it."""
+        return [row[1:] for row in self._rows()]
+
+    def _rows(self) -> list[list[int]]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return [row[1 : 1 + row[0]] for row in self.packed.tolist()]
+        rows: list[list[int]] = self.packed.tolist()
+        return rows
 
 
 def to_host(packed: Tensor) -> StepOutput:

@@ -37,7 +37,8 @@ class Request:
 class DecodeStats:
     """How an answer was decoded. `forwards` counts the steps in which the sequence had a segment and `tokens` what they
     committed; neither has the prefill, nor the first token, which comes from it. `cached_tokens` counts those of the
-    prompt that needed no prefill, since the cache had their KV."""
+    prompt that needed no prefill, since the cache had their KV. `drafted_elsewhere` counts the rounds whose drafts or
+    canvas a draft stage drew, with forwards that are not among `forwards`."""
 
     modes: tuple[str, ...] = ()
     forwards: int = 0
@@ -47,6 +48,7 @@ class DecodeStats:
     denoise_passes: int = 0
     canvases: int = 0
     cached_tokens: int = 0
+    drafted_elsewhere: int = 0
 
 
 @dataclass(frozen=True, slots=True)

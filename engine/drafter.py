@@ -118,11 +118,6 @@ class Drafter:
             self._rows.append(followed.sequence.row)
             self.pool.release(followed.sequence.pages)
 
-    def leave(self, peer: bytes) -> None:
-        """Forgets all sequences of `peer`."""
-        for name in [name for name in self._followed if name[0] == peer]:
-            self.drop(*name)
-
     def step(self) -> list[tuple[bytes, Answer]]:
         """One forward for as many asks as it has room for. Returns the answers that are ready, and to whom they go."""
         started: list[Sequence] = []

@@ -410,14 +410,15 @@ def test_what_a_drafter_cannot_draw_it_declines(bad: Ask) -> None:
     check_drafter_is_empty(drafter)
 
 
-def test_a_peer_that_leaves_leaves_nothing() -> None:
+def test_two_engines_may_give_their_sequences_the_same_key() -> None:
     drafter = toy_drafter(1, block_length=8)
-    for peer in (b"one", b"two"):
-        drafter.add(peer, ask(1, [5, 6, 8]))
+    for peer, text in ((b"one", [5, 6, 8]), (b"two", [9, 9])):
+        drafter.add(peer, ask(1, text))
     drawn(drafter)
-    drafter.leave(b"one")
-    assert drafter.status().followed == 1
-    drafter.leave(b"two")
+    drafter.add(b"one", ask(1, [5, 6, 8, 10], known=3))
+    drafter.drop(b"two", 1)
+    assert [answer.verdict for answer in drawn(drafter)] == [Verdict.DRAWN]
+    drafter.drop(b"one", 1)
     check_drafter_is_empty(drafter)
 
 

@@ -5,6 +5,7 @@ Whoever knows the server's public key may ask; it is told through Ray alone. Fra
 
 import logging
 import threading
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -29,13 +30,15 @@ class Endpoint:
 
 
 class DraftServer:
-    """Answers until closed. `error` says why it can answer no longer."""
+    """Answers until closed. `error` says why it can answer no longer, `beat` when it last made a step or found nothing
+    to do (time.monotonic)."""
 
     def __init__(self, drafter: Drafter, host: str) -> None:
         """host: the address of this node at which verifiers reach it. Raises zmq.ZMQError if it cannot be bound."""
         self.drafter = drafter
         self.error: str | None = None
         self.malformed = 0  # frames
+        self.beat = time.monotonic()
         self._closing = False
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -58,6 +61,7 @@ class DraftServer:
     def _run(self) -> None:
         try:
             while not self._closing:
+                self.beat = time.monotonic()
                 self._receive(0 if not self.drafter.idle else IDLE_MILLISECONDS)
                 if not self.drafter.idle:
                     self._send(self.drafter.step())

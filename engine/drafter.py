@@ -255,3 +255,23 @@ def _follows(ask: Ask, sequence: Sequence) -> bool:
     known, first = sequence.tokens, ask.position - len(ask.tokens)
     same = first <= len(known) <= ask.position and ask.sampling == sequence.request.sampling
     return same and tuple(known[first:]) == ask.tokens[: len(known) - first]
+
+
+def load_drafter(config: EngineConfig) -> Drafter:
+    """A drafter on the checkpoint that the configuration names. Raises as `EngineLoop` does."""
+    import torch
+
+    from engine.device import kv_tokens, use_device
+    from engine.executor import LocalExecutor
+    from engine.runner import load_model
+    from engine.selfcheck import check_graphs, check_kernels
+
+    torch.set_num_threads(config.threads)
+    use_device(config.device)
+    model = load_model(config)
+    config = replace(config, kv_tokens=kv_tokens(config, model.config))
+    executor = LocalExecutor(model, config)
+    check_kernels(executor.runner)
+    executor.runner.capture()
+    check_graphs(executor.runner)
+    return Drafter(config, executor)

@@ -9,31 +9,34 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from engine.config import EngineConfig
 from serve_app.config import AppConfig, logging_config
 from serve_app.engine_replica import EngineReplica
 from serve_app.ingress import Ingress
+from serve_app.stages import DraftStage, VerifyStage
 
 NAME = "triserve"
 INGRESS_ONGOING = 4096  # requests that one ingress replica follows at a time
 
 
 def build(args: AppConfig) -> Application:
-    """The application for a configuration: an ingress in front of the engine's replicas."""
+    """The application for a configuration: an ingress in front of the engine's replicas; staged, with a pool of
+    drafters behind them."""
     common: dict[str, Any] = {
         "logging_config": logging_config(args),
         "health_check_period_s": args.serve.health_check_seconds,
         "health_check_timeout_s": max(30.0, 3 * args.serve.health_check_seconds),
         "graceful_shutdown_timeout_s": args.serve.drain_seconds,
     }
-    gpus = 1 if args.engine.device.startswith("cuda") else 0
+    staged = args.topology == "staged"
     engine = serve.deployment(
         name="engine",
         num_replicas=args.replicas,
         max_ongoing_requests=args.serve.max_ongoing_requests,
         max_queued_requests=args.serve.max_queued_requests,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options=_resources(args.engine),
         **common,
-    )(EngineReplica)
+    )(VerifyStage if staged else EngineReplica)
     ingress = serve.deployment(
         name="ingress",
         num_replicas=args.server.ingress_replicas,
@@ -41,4 +44,19 @@ def build(args: AppConfig) -> Application:
         ray_actor_options={"num_cpus": 0},
         **common,
     )(Ingress)
-    return ingress.bind(args, engine.bind(args.effective_engine, args.serve.stuck_seconds))
+    if not staged:
+        return ingress.bind(args, engine.bind(args.effective_engine, args.serve.stuck_seconds))
+    draft = serve.deployment(
+        name="draft",
+        num_replicas=args.draft.replicas,
+        ray_actor_options=_resources(args.draft.engine),
+        **common,
+    )(DraftStage)
+    drafts = draft.bind(args.draft.engine, args.serve.stuck_seconds)
+    patience, canvases = args.draft.patience_seconds, args.draft_canvases
+    verify = engine.bind(args.effective_engine, args.serve.stuck_seconds, drafts, patience, canvases)
+    return ingress.bind(args, verify)
+
+
+def _resources(engine: EngineConfig) -> dict[str, Any]:
+    return {"num_cpus": 1, "num_gpus": 1 if engine.device.startswith("cuda") else 0}

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any
 
+from engine.asking import Asking
 from engine.config import DiffusionParams, EngineConfig, SamplingParams
 from engine.request import Delta, EngineError, Request, Slo
 
@@ -21,11 +22,12 @@ class EngineReplica:
     Raises CheckpointError if the checkpoint cannot be served.
     """
 
-    def __init__(self, config: EngineConfig, patience: float) -> None:
+    def __init__(self, config: EngineConfig, patience: float, asking: Asking | None = None) -> None:
+        """asking: how the engine gets drafts that are drawn elsewhere, if at all."""
         # Not at the top: the ingress and the command line import this module and must not pay for torch.
         from engine.loop import EngineLoop
 
-        self._engine = EngineLoop(config)
+        self._engine = EngineLoop(config, asking)
         self._progress = Progress(patience)
 
     async def stream(self, packed: dict[str, Any], interval: float) -> AsyncGenerator[Chunk, None]:

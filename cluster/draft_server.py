@@ -44,8 +44,9 @@ class DraftServer:
         self._socket = self._context.socket(zmq.ROUTER)
         public, self._socket.curve_secretkey = zmq.curve_keypair()
         self._socket.curve_publickey, self._socket.curve_server = public, True
-        self._socket.linger, self._socket.maxmsgsize, self._socket.ipv6 = 0, MAX_BYTES, True
-        self._socket.bind(f"tcp://[{host}]:*" if ip_address(host).version == 6 else f"tcp://{host}:*")
+        self._socket.linger, self._socket.maxmsgsize = 0, MAX_BYTES
+        self._socket.ipv6 = ip_address(host).version == 6
+        self._socket.bind(f"tcp://[{host}]:*" if self._socket.ipv6 else f"tcp://{host}:*")
         self.endpoint = Endpoint(self._socket.getsockopt_string(zmq.LAST_ENDPOINT), public.decode())
         self._thread = threading.Thread(target=self._run, name="drafter", daemon=True)
         self._thread.start()

@@ -160,7 +160,11 @@ class Drafter:
 
     def _turns(self) -> list[tuple[_Followed, int]]:
         """Asks with the query tokens that each may take at most: first those that need one forward. Of long contexts
-        that are new here, some are run in every step."""
+        that are new here, some are run in every step.
+
+        Beyond the ridge, where more tokens take more time, a step serves half of the sequences at most, so that the
+        others' engines verify meanwhile: served all at once, both stages would wait for each other in turns.
+        """
         budget = self.config.max_batch_tokens
         short: list[_Followed] = []
         long: list[_Followed] = []
@@ -168,10 +172,12 @@ class Drafter:
             fits = followed.missing + followed.ask.wanted.block <= budget // 4
             (short if fits else long).append(followed)
         kept = budget // 4 if long else 0
-        turns, room = [], budget - kept
+        half = -(-len(self._followed) // 2)
+        turns: list[tuple[_Followed, int]] = []
+        room = budget - kept
         for followed in short:
             own = followed.missing + followed.ask.wanted.block
-            if own <= room:
+            if own <= room and (len(turns) < half or budget - kept - room + own <= self.config.ridge_tokens):
                 turns.append((followed, own))
                 room -= own
         return turns + [(followed, budget) for followed in long]

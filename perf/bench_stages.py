@@ -38,6 +38,7 @@ from perf.bench_engine import RESULTS, machine
 
 MODES: tuple[ModeName, ...] = ("linear_spec", "diffusion")
 BLOCK = 32
+WARM_UP = 50  # rounds
 Prompt = tuple[int, ...]
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -156,26 +157,31 @@ def time_exchange(config: EngineConfig, sequences: int, rounds: int) -> Exchange
     process = Process(serve_drafts, config, True)
     source = RemoteDrafts()
     source.use([process.pipe.recv()])
-    time.sleep(0.3)
+    new = tuple(range(100, 108))
+    while not all(answer.verdict is Verdict.DRAWN for answer in exchanged(source, 0, new, sequences)):
+        time.sleep(0.1)  # not connected yet
     seconds: list[float] = []
-    sampling, new = SamplingParams(temperature=0), tuple(range(100, 108))
-    for number in range(rounds + 50):
-        position = len(new) * (number + 1)
-        asks = [Ask(key, number, position, new, Wanted(BLOCK), sampling) for key in range(sequences)]
-        if not number:
-            asks = [Ask(ask.key, 0, len(new), new, ask.wanted, sampling) for ask in asks]
-        start, answered = time.perf_counter(), 0
-        source.send(asks, ())
-        while answered < sequences:
-            source.wait(0.1)
-            answers = source.poll()
-            assert all(answer.verdict is Verdict.DRAWN for answer in answers)
-            answered += len(answers)
+    for number in range(1, rounds + WARM_UP):
+        start = time.perf_counter()
+        answers = exchanged(source, number, new, sequences)
         seconds.append(time.perf_counter() - start)
+        assert all(answer.verdict is Verdict.DRAWN for answer in answers)
     source.close()
     process.stop()
-    kept = sorted(seconds[50:])
+    kept = sorted(seconds[WARM_UP - 1 :])
     return ExchangeRow(sequences, rounds, 1e6 * statistics.median(kept), 1e6 * kept[int(0.99 * len(kept))])
+
+
+def exchanged(source: RemoteDrafts, number: int, new: Prompt, sequences: int) -> list[Answer]:
+    """The answers to one frame of asks, each `new` tokens after the one before."""
+    position, sampling = len(new) * (number + 1), SamplingParams(temperature=0)
+    asks = [Ask(key, number, position, new, Wanted(BLOCK), sampling) for key in range(sequences)]
+    source.send(asks, ())
+    answers: list[Answer] = []
+    while len(answers) < sequences:
+        source.wait(0.1)
+        answers += source.poll()
+    return answers
 
 
 def run(

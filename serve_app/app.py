@@ -8,7 +8,9 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
+import cluster.routing
 from engine.config import EngineConfig
 from serve_app.config import AppConfig, logging_config
 from serve_app.engine_replica import EngineReplica
@@ -16,6 +18,7 @@ from serve_app.ingress import Ingress
 from serve_app.stages import DraftStage, VerifyStage
 
 NAME = "triserve"
+ROUTER: Any = cluster.routing.FreshRouter  # Serve takes a class here, whatever its annotation says
 INGRESS_ONGOING = 4096  # requests that one ingress replica follows at a time
 
 
@@ -25,7 +28,7 @@ def build(args: AppConfig) -> Application:
     common: dict[str, Any] = {
         "logging_config": logging_config(args),
         "health_check_period_s": args.serve.health_check_seconds,
-        "health_check_timeout_s": max(30.0, 3 * args.serve.health_check_seconds),
+        "health_check_timeout_s": args.serve.heartbeat_seconds,  # three in a row end a replica
         "graceful_shutdown_timeout_s": args.serve.drain_seconds,
     }
     staged = args.topology == "staged"
@@ -35,6 +38,7 @@ def build(args: AppConfig) -> Application:
         max_ongoing_requests=args.serve.max_ongoing_requests,
         max_queued_requests=args.serve.max_queued_requests,
         ray_actor_options=_resources(args.engine),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         **common,
     )(VerifyStage if staged else EngineReplica)
     ingress = serve.deployment(
@@ -44,8 +48,9 @@ def build(args: AppConfig) -> Application:
         ray_actor_options={"num_cpus": 0},
         **common,
     )(Ingress)
+    of_engine = (args.effective_engine, args.serve.heartbeat_seconds, args.serve.stuck_seconds)
     if not staged:
-        return ingress.bind(args, engine.bind(args.effective_engine, args.serve.stuck_seconds))
+        return ingress.bind(args, engine.bind(*of_engine))
     draft = serve.deployment(
         name="draft",
         num_replicas=args.draft.replicas,
@@ -53,8 +58,7 @@ def build(args: AppConfig) -> Application:
         **common,
     )(DraftStage)
     drafts = draft.bind(args.draft.engine, args.serve.stuck_seconds)
-    patience, canvases = args.draft.patience_seconds, args.draft_canvases
-    verify = engine.bind(args.effective_engine, args.serve.stuck_seconds, drafts, patience, canvases)
+    verify = engine.bind(*of_engine, drafts, args.draft.patience_seconds, args.draft_canvases)
     return ingress.bind(args, verify)
 
 

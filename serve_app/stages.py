@@ -59,6 +59,7 @@ class VerifyStage(EngineReplica):
     def __init__(
         self,
         config: EngineConfig,
+        heartbeat: float,
         patience: float,
         drafts: DeploymentHandle[Any],
         draft_patience: float,
@@ -70,7 +71,7 @@ class VerifyStage(EngineReplica):
 
         self._source, self._drafts = RemoteDrafts(), drafts
         self._looking: asyncio.Task[None] | None = None
-        super().__init__(config, patience, Asking(self._source, draft_patience, canvases))
+        super().__init__(config, heartbeat, patience, Asking(self._source, draft_patience, canvases))
 
     async def check_health(self) -> None:
         """Serve calls it first when it starts the replica, and then again and again."""

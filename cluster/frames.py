@@ -17,7 +17,7 @@ MAX_STEPS = 16
 MAX_ROWS = 1 << 24  # of any array; 2**24 tokens are the longest prompt
 
 # rows of each array of a step, in the order of its header and of its data
-_COUNTS = 5  # segments, grants, rows, tokens, flags
+_COUNTS = 6  # segments, grants, rows, tokens, edits, flags
 _GREEDY, _FILTERED, _CONFIDENT = 1, 2, 4
 
 assert sys.byteorder == "little"
@@ -29,7 +29,8 @@ def pack_steps(number: int, steps: Seq[Step]) -> bytes:
     arrays: list[bytes] = []
     for step in steps:
         flags = _GREEDY * step.greedy + _FILTERED * step.filtered + _CONFIDENT * step.confident
-        header += (len(step.segments), len(step.grants), len(step.rows), len(step.tokens), flags)
+        counts = map(len, (step.segments, step.grants, step.rows, step.tokens, step.edits))
+        header += (*counts, flags)
         arrays += (
             step.segments.tobytes(),
             step.thresholds.tobytes(),
@@ -37,6 +38,7 @@ def pack_steps(number: int, steps: Seq[Step]) -> bytes:
             step.rows.tobytes(),
             step.sampling.tobytes(),
             step.tokens.tobytes(),
+            step.edits.tobytes(),
         )
     return b"".join((np.array(header, np.int64).tobytes(), *arrays))
 
@@ -50,8 +52,8 @@ def unpack_steps(frame: bytes) -> tuple[int, list[Step]]:
     counts = words[3 : 3 + count * _COUNTS].reshape(count, _COUNTS)
     if counts.min() < 0 or counts.max() > MAX_ROWS:
         raise ValueError("a step has a count out of bounds")
-    segments, grants, rows, tokens, _ = counts.T
-    columns = segments * (COLUMNS + 1) + grants * 3 + rows * (ROW_COLUMNS + 3) + tokens
+    segments, grants, rows, tokens, edits, _ = counts.T
+    columns = segments * (COLUMNS + 1) + grants * 3 + rows * (ROW_COLUMNS + 3) + tokens + edits * 3
     if len(words) != 3 + count * _COUNTS + int(columns.sum()):
         raise ValueError(f"a frame of {len(frame)} bytes does not hold what its header says")
     at = 3 + count * _COUNTS
@@ -63,7 +65,7 @@ def unpack_steps(frame: bytes) -> tuple[int, list[Step]]:
         return part
 
     steps = []
-    for segments_, grants_, rows_, tokens_, flags in counts.tolist():
+    for segments_, grants_, rows_, tokens_, edits_, flags in counts.tolist():
         steps.append(
             Step(
                 segments=take(segments_, COLUMNS),
@@ -72,6 +74,7 @@ def unpack_steps(frame: bytes) -> tuple[int, list[Step]]:
                 rows=take(rows_, ROW_COLUMNS),
                 sampling=take(rows_, 3).view(np.float64),
                 tokens=take(tokens_, 1)[:, 0],
+                edits=take(edits_, 3),
                 greedy=bool(flags & _GREEDY),
                 filtered=bool(flags & _FILTERED),
                 confident=bool(flags & _CONFIDENT),

@@ -18,7 +18,7 @@ from cluster.rank import AGREED, FAILED, JOINED, OUTPUT, READY, REPORT, RUN, STO
 from engine.checkpoint import local_folder
 from engine.config import CheckpointError, EngineConfig, ModelConfig
 from engine.executor import phase
-from engine.output import unpack_committed
+from engine.output import unpack_committed, unpack_drawn
 from engine.shapes import check_ranks
 from engine.step import Step
 
@@ -33,7 +33,10 @@ class GroupOutput:
     number: int
 
     def committed(self) -> list[list[int]]:
-        return self.executor.output_of(self.number)
+        return unpack_committed(self.executor.output_of(self.number))
+
+    def drawn(self) -> list[list[int]]:
+        return unpack_drawn(self.executor.output_of(self.number))
 
 
 class GroupExecutor:
@@ -88,7 +91,7 @@ class GroupExecutor:
         return GroupOutput(self, self._runs)
 
     def output_of(self, number: int) -> list[list[int]]:
-        """What a run committed; waits for it. Raises RuntimeError if a rank fails or is lost."""
+        """The packed output of a run; waits for it. Raises RuntimeError if a rank fails or is lost."""
         try:
             _, kind, body = self._receive(None)
             if kind != OUTPUT:
@@ -99,7 +102,8 @@ class GroupExecutor:
         except (RuntimeError, ValueError) as error:
             self.lose(str(error))
             raise RuntimeError(self._lost) from error
-        return unpack_committed(packed.tolist())
+        rows: list[list[int]] = packed.tolist()
+        return rows
 
     def lose(self, reason: str) -> None:
         """Says that a rank is lost, and with it the group: whoever waits for it gets a RuntimeError with the reason."""

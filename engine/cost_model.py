@@ -339,6 +339,7 @@ class StepTimer:
             ).reshape(-1, 5),
             sampling=np.array([(0.0, 1.0, 0.0)] * len(started)).reshape(-1, 3),
             tokens=np.full(len(started), self.token, np.int64),
+            edits=np.zeros((0, 3), np.int64),
             greedy=True,
             filtered=False,
             confident=False,

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from engine.asking import Asking
 from engine.config import EngineConfig, ModeChoice
 from engine.cost_model import (
     BUDGET_SECONDS,
@@ -52,16 +53,20 @@ class EngineLoop:
     """Has a checkpoint loaded and serves it until closed. `phases` holds the seconds of each part of the start."""
 
     def __init__(
-        self, config: EngineConfig, executor_factory: Callable[[EngineConfig], Executor] = LocalExecutor.load
+        self,
+        config: EngineConfig,
+        executor_factory: Callable[[EngineConfig], Executor] = LocalExecutor.load,
+        asking: Asking | None = None,
     ) -> None:
-        """executor_factory: starts what executes the steps. Raises CheckpointError if the checkpoint cannot be served,
-        and whatever else the factory raises."""
+        """executor_factory: starts what executes the steps. asking: how the engine gets drafts that are drawn
+        elsewhere, if at all. Raises CheckpointError if the checkpoint cannot be served, and whatever else the factory
+        raises."""
         torch.set_num_threads(config.threads)
         self.device = config.device
         use_device(self.device)
         executor = executor_factory(config)
         self.phases = dict(executor.phases)
-        self.engine = Engine(executor.config, executor)
+        self.engine = Engine(executor.config, executor, asking)
         with phase(self.phases, "measure step costs"):
             self.cost_model = self.engine.cost_model = step_costs(executor)
         self.model = self.engine.model_config

@@ -14,6 +14,11 @@ class StepOutput(Protocol):
         """The committed tokens of each segment; waits for them. Raises RuntimeError if they will never come."""
         ...
 
+    def drawn(self) -> list[list[int]]:
+        """What stands behind each segment's seed token after a pass that committed nothing, masks included, and then
+        anything; waits and raises as `committed`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class HostOutput:
@@ -32,10 +37,18 @@ class HostOutput:
     def committed(self) -> list[list[int]]:
         return unpack_committed(self.wait().tolist())
 
+    def drawn(self) -> list[list[int]]:
+        return unpack_drawn(self.wait().tolist())
+
 
 def unpack_committed(packed: list[list[int]]) -> list[list[int]]:
     """The tokens that hold of each row of a packed output."""
     return [row[1 : 1 + row[0]] for row in packed]
+
+
+def unpack_drawn(packed: list[list[int]]) -> list[list[int]]:
+    """What stands behind each segment's seed token, as `StepOutput.drawn`."""
+    return [row[1:] for row in packed]
 
 
 def to_host(packed: Tensor) -> HostOutput:

@@ -41,6 +41,8 @@ CONFIG: dict[str, tuple[float, float]] = {
     "engine.ridge_tokens": (0, 2**20),
     "engine.diffusion.threshold": (0, 1),
     "engine.diffusion.steps": (0, DENOISE_STEPS),
+    "draft.replicas": (1, 1024),
+    "draft.patience_seconds": (0.001, 60),
     "server.port": (1, 65535),
     "server.ingress_replicas": (1, 256),
     "server.max_body_bytes": (KIB, 256 * MIB),
@@ -58,6 +60,7 @@ CONFIG: dict[str, tuple[float, float]] = {
     "serve.stats_port": (1, 65535),
     "serve.metrics_port": (1, 65535),
 }
+CONFIG |= {f"draft.{place}": bounds for place, bounds in CONFIG.items() if place.startswith("engine.")}
 
 # `triserve plan`: (least, most) of an option. As many one-GPU replicas as this allows are as many as may be configured.
 PLAN = {

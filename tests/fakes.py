@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.asking import Asking
 from engine.config import EngineConfig, ModelConfig, RopeConfig, Sizes
+from engine.drafter import Drafter
+from engine.drafts import Answer, Ask, DraftSource
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.model import Model
@@ -279,3 +282,46 @@ def write_checkpoint(folder: Path, config: ModelConfig, seed: int = 0, adapter: 
             if name not in names
         }
         save_file(tensors, lora / "adapter_model.safetensors")
+
+
+class DrafterBeside:
+    """A drafter in the same process, one step whenever it is polled. Tests overwrite its methods to misbehave."""
+
+    def __init__(self, drafter: Drafter, peer: bytes = b"") -> None:
+        self.drafter, self.peer = drafter, peer
+        self.answers: list[Answer] = []
+
+    def send(self, asks: Sequence[Ask], dropped: Sequence[int]) -> None:
+        for key in dropped:
+            self.drafter.drop(self.peer, key)
+        for ask in asks:
+            self.drafter.add(self.peer, ask)
+
+    def poll(self) -> list[Answer]:
+        if not self.drafter.idle:
+            self.answers += [answer for _, answer in self.drafter.step()]
+        answers, self.answers = self.answers, []
+        return answers
+
+    def wait(self, seconds: float) -> None:
+        pass
+
+
+def toy_drafter(seed: int = 0, adapter: bool = True, **settings: object) -> Drafter:
+    """A drafter on the random model of that seed; settings replace those of TOY_ENGINE."""
+    config = replace(TOY_ENGINE, **settings)  # type: ignore[arg-type]
+    return Drafter(config, LocalExecutor(toy_model(seed, config, adapter=adapter), config))
+
+
+def staged_engine(source: DraftSource, seed: int = 0, patience: float = 3600.0, **settings: object) -> Engine:
+    """An engine on a random model whose drafts `source` draws."""
+    config = replace(TOY_ENGINE, **settings)  # type: ignore[arg-type]
+    return Engine(config, LocalExecutor(toy_model(seed, config), config), Asking(source, patience))
+
+
+def check_drafter_is_empty(drafter: Drafter) -> None:
+    """Nothing is followed, and no page or row is held."""
+    status = drafter.status()
+    assert status.followed == status.asks == 0 and status.free_pages == status.total_pages
+    drafter.pool.check([])
+    assert sorted(drafter._rows) == list(range(drafter.config.max_running))

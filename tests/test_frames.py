@@ -31,6 +31,7 @@ def steps(draw: st.DrawFn) -> Step:
         rows=rows,
         sampling=np.array(amounts[4 : 4 + 3 * len(rows)]).reshape(-1, 3),
         tokens=np.array(draw(st.lists(numbers, max_size=6)), np.int64),
+        edits=draw(tables(3)),
         greedy=draw(st.booleans()),
         filtered=draw(st.booleans()),
         confident=draw(st.booleans()),

@@ -13,6 +13,7 @@ from ipaddress import ip_address
 import zmq
 
 from cluster.draft_frames import MAX_BYTES, pack_answers, unpack_asks
+from engine.device import use_device
 from engine.drafter import Drafter, DrafterStatus
 from engine.drafts import Answer
 
@@ -61,6 +62,7 @@ class DraftServer:
 
     def _run(self) -> None:
         try:
+            use_device(self.drafter.config.device)
             while not self._closing:
                 self.beat = time.monotonic()
                 self._receive(0 if not self.drafter.idle else IDLE_MILLISECONDS)

@@ -13,7 +13,7 @@ from engine.config import SamplingParams
 from engine.drafts import Answer, Ask, Verdict, Wanted
 
 ASKS, ANSWERS = 0x54534101, 0x54534201  # what a frame starts with
-MAX_BYTES = 1 << 26  # a frame; a full context of 2**20 tokens takes 4 MiB
+MAX_BYTES = 1 << 27  # a frame: the longest text fits
 MAX_ITEMS = 1 << 14  # of a kind in a frame
 MAX_POSITION = 1 << 24
 MAX_BLOCK, MAX_STEPS = 1 << 10, 1 << 16

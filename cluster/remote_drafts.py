@@ -19,6 +19,7 @@ from cluster.draft_server import Endpoint
 from engine.drafts import Answer, Ask, Verdict
 
 SILENT_SECONDS = 2.0  # that a server may leave asks without any answer
+FRAME_TOKENS = 1 << 20  # after which another frame begins
 RETRY_SECONDS = 2.0  # until a server that was silent, or could not be reached, is asked again
 
 logger = logging.getLogger(__name__)
@@ -76,14 +77,14 @@ class RemoteDrafts:
             else:
                 batches.setdefault(server, ([], []))[0].append(ask)
         for server, (theirs, gone) in batches.items():
+            for ask in theirs:
+                server.asked.setdefault(ask.key, now)
             try:
-                server.socket.send(pack_asks(theirs, gone), zmq.NOBLOCK)
+                for part in _parts(theirs) or [[]]:
+                    server.socket.send(pack_asks(part, gone), zmq.NOBLOCK)
             except zmq.Again:  # not connected, or not reading
                 self._unsent += [Answer(ask.key, ask.number, Verdict.FORGOTTEN) for ask in theirs]
                 self._shun(server, now)
-            else:
-                for ask in theirs:
-                    server.asked.setdefault(ask.key, now)
 
     def poll(self) -> list[Answer]:
         answers, self._unsent = self._unsent, []
@@ -150,6 +151,19 @@ class RemoteDrafts:
         server.keys.clear()
         server.asked.clear()
         server.shunned_until = now + RETRY_SECONDS
+
+
+def _parts(asks: list[Ask]) -> list[list[Ask]]:
+    """The asks in frames: many whole texts at once, as when a server is lost, do not fit into one."""
+    parts: list[list[Ask]] = []
+    room = 0
+    for ask in asks:
+        if not parts or len(ask.tokens) > room:
+            parts.append([])
+            room = FRAME_TOKENS
+        parts[-1].append(ask)
+        room -= len(ask.tokens)
+    return parts
 
 
 def _received(socket: "zmq.Socket[bytes]") -> list[Answer]:

@@ -186,6 +186,17 @@ def test_sequences_stay_with_their_server_and_spread_evenly() -> None:
         until(lambda: one.status().followed == two.status().followed == 0)
 
 
+def test_many_whole_texts_are_told_in_several_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_drafts, "FRAME_TOKENS", 10)
+    with serving() as server, source_of(server.endpoint) as source:
+        asks = [an_ask(key, [5, 6, 8 + key] * (1 + key)) for key in range(6)]
+        assert {answer.key for answer in asked(source, *asks) if answer.verdict is Verdict.DRAWN} == set(
+            range(6)
+        )
+        source.send((), tuple(range(6)))
+        until(lambda: server.status().followed == 0)
+
+
 def test_without_a_server_every_ask_is_declined_at_once() -> None:
     with source_of() as source:
         source.send([an_ask(1)], ())

@@ -1,9 +1,11 @@
 """The ranks of one model as Ray actors: placed together, watched, and ended together. Steps do not go through Ray."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,12 +22,18 @@ logger = logging.getLogger(__name__)
 CPU_RANK = {"CPU": 0.5}  # what a rank asks Ray for
 GPU_RANK = {"GPU": 1.0}
 RETRY_SECONDS = 0.5  # nodes may still be joining
+# A rank sees all GPUs of its node and uses its own: where each sees but one, all call theirs the first, and torch takes
+# them for the same one and refuses them symmetric memory.
+SEE_ALL = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
 
 
 class RankWorker:
     """The process of one rank, whose steps run in a thread. Nothing but `watch` is ever called."""
 
     def __init__(self, config: EngineConfig, rank: int, invitation: Invitation) -> None:
+        if config.device == "cuda":
+            (own,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+            config = replace(config, device=f"cuda:{ordinal(own, os.environ.get('CUDA_VISIBLE_DEVICES'))}")
         self._rank, self._ended = Rank(config, rank, invitation), threading.Event()
         threading.Thread(target=self._run, name=f"rank {rank}", daemon=True).start()
 
@@ -74,7 +82,9 @@ def start_group(config: EngineConfig, lost: Callable[[str], None]) -> GroupExecu
         bundle = bundle_of(config)
         for rank in range(config.tensor_parallel):
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-            options = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0)}
+            options: dict[str, Any] = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0)}
+            if "GPU" in bundle:
+                options["runtime_env"] = SEE_ALL
             actor = ray.remote(RankWorker).options(scheduling_strategy=where, **options)
             workers.append(actor.remote(config, rank, executor.invitation))
         threading.Thread(target=watch, name="watch", daemon=True).start()
@@ -88,6 +98,11 @@ def start_group(config: EngineConfig, lost: Callable[[str], None]) -> GroupExecu
 def bundle_of(config: EngineConfig) -> dict[str, float]:
     """What one rank takes of a node."""
     return dict(GPU_RANK if config.device.startswith("cuda") else CPU_RANK)
+
+
+def ordinal(gpu: str, visible: str | None) -> int:
+    """The number that CUDA gives to a GPU of Ray's. visible: CUDA_VISIBLE_DEVICES, whose names Ray takes over."""
+    return visible.split(",").index(gpu) if visible else int(gpu)
 
 
 def _reserve(config: EngineConfig) -> PlacementGroup:

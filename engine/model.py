@@ -62,8 +62,7 @@ class Model:
         )
 
     def forward(self, batch: Expanded, kv: Tensor, attention: AttentionPlan) -> Tensor:
-        """Runs all query tokens. kv: [layers, pages, page_size, 2 * kv_heads, head_dim] of the rank, read and
-        written.
+        """Runs all query tokens. kv: [layers, pages, page_size, 2 * kv_heads, head_dim] of the rank, read and written.
         Returns the normalised hidden states, [T, hidden]."""
         rope = self.rope.at(batch.positions)
         x, residual = self._embed(batch.token_ids), None

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from cluster.placement import DOMAIN_LABELS, PlacementError
-from cluster.worker_group import start_group
+from cluster.worker_group import SEE_ALL, ordinal, start_group
 from conftest import MARK, marked_processes
 from engine.config import EngineConfig, SamplingParams
 from engine.engine import Engine
@@ -34,7 +34,12 @@ def domains() -> Iterator[dict[str, str]]:
     os.environ[MARK] = uuid.uuid4().hex
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": MEMORY},
+        head_node_args={
+            "num_cpus": 0,
+            "num_gpus": 2,
+            "include_dashboard": False,
+            "object_store_memory": MEMORY,
+        },
     )
     for domain in ("a", "b", "b"):
         cluster.add_node(num_cpus=1, object_store_memory=MEMORY, labels={DOMAIN_LABELS[0]: domain})
@@ -101,3 +106,20 @@ def rank_processes() -> list[int]:
         for number, command in marked_processes(os.environ[MARK]).items()
         if "ray::RankWorker" in command
     ]
+
+
+def test_a_rank_finds_its_own_gpu_among_those_of_its_node() -> None:
+    assert ordinal("3", None) == 3
+    assert ordinal("5", "4,5,6") == 1
+    assert ordinal("GPU-b", "GPU-a,GPU-b") == 1
+
+
+@pytest.mark.usefixtures("domains")
+def test_a_rank_sees_all_gpus_and_is_told_which_is_its_own() -> None:
+    def seen() -> tuple[list[str], str | None]:
+        own = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        return own, os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    own, visible = ray.get(ray.remote(seen).options(num_cpus=0, num_gpus=1, runtime_env=SEE_ALL).remote())
+    assert len(own) == 1 and ordinal(own[0], visible) in (0, 1)
+    assert visible is None or len(visible.split(",")) == 2

@@ -13,7 +13,7 @@ from ray import serve
 from engine.asking import Asking
 from engine.config import DiffusionParams, EngineConfig, SamplingParams
 from engine.request import Delta, EngineError, Request, Slo
-from serve_app.chunk import Chunk
+from serve_app.chunks import Chunk
 from serve_app.termination import on_sigterm
 
 BEATS = 4  # signs of life in the time after which an engine counts as hung

@@ -99,11 +99,18 @@ def toy_engine(
 ) -> Engine:
     """An engine on a random model, on as many ranks as the settings say, which replace those of TOY_ENGINE."""
     config = replace(TOY_ENGINE, **settings)  # type: ignore[arg-type]
-    if config.tensor_parallel > 1:
-        groups = thread_groups(config.tensor_parallel)
-        models = [toy_model(seed, config, geometry, adapter, group) for group in groups]
-        return Engine(config, ThreadedExecutor(groups, models, config))
-    return Engine(config, LocalExecutor(toy_model(seed, config, geometry, adapter), config))
+    return Engine(config, toy_executor(seed, config, geometry, adapter))
+
+
+def toy_executor(
+    seed: int, config: EngineConfig, geometry: ModelConfig = TOY, adapter: bool = True
+) -> "LocalExecutor | ThreadedExecutor":
+    """A random model on as many ranks as the configuration says."""
+    if config.tensor_parallel == 1:
+        return LocalExecutor(toy_model(seed, config, geometry, adapter), config)
+    groups = thread_groups(config.tensor_parallel)
+    models = [toy_model(seed, config, geometry, adapter, group) for group in groups]
+    return ThreadedExecutor(groups, models, config)
 
 
 class ThreadGroup:
@@ -310,13 +317,13 @@ class DrafterBeside:
 def toy_drafter(seed: int = 0, adapter: bool = True, **settings: object) -> Drafter:
     """A drafter on the random model of that seed; settings replace those of TOY_ENGINE."""
     config = replace(TOY_ENGINE, **settings)  # type: ignore[arg-type]
-    return Drafter(config, LocalExecutor(toy_model(seed, config, adapter=adapter), config))
+    return Drafter(config, toy_executor(seed, config, adapter=adapter))
 
 
 def staged_engine(source: DraftSource, seed: int = 0, patience: float = 3600.0, **settings: object) -> Engine:
     """An engine on a random model whose drafts `source` draws."""
     config = replace(TOY_ENGINE, **settings)  # type: ignore[arg-type]
-    return Engine(config, LocalExecutor(toy_model(seed, config), config), Asking(source, patience))
+    return Engine(config, toy_executor(seed, config), Asking(source, patience))
 
 
 def check_drafter_is_empty(drafter: Drafter) -> None:

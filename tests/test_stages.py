@@ -78,9 +78,12 @@ def check_staged(seed: int, verifier: dict[str, Any], drafter: dict[str, Any], m
     requests = some_requests(seed, 5, [mode])
     blocks = {"block_length": verifier["block_length"]}
     source = DrafterBeside(toy_drafter(seed % 7, **drafter, **blocks))
-    made = generate(staged_engine(source, seed % 7, **verifier), requests)
+    engine = staged_engine(source, seed % 7, **verifier)
+    made = generate(engine, requests)
     assert made == generate(toy_engine(seed % 7, **blocks), requests)
     check_drafter_is_empty(source.drafter)
+    for executor in (engine.executor, source.drafter.executor):
+        executor.close()
 
 
 @settings(max_examples=8)
@@ -98,6 +101,15 @@ def test_staged_tokens_equal_colocated_ones_at_length(
     seed: int, verifier: dict[str, Any], drafter: dict[str, Any], mode: ModeChoice
 ) -> None:
     check_staged(seed, verifier, drafter, mode)
+
+
+@pytest.mark.parametrize(("engine_ranks", "drafter_ranks"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("mode", STAGED)
+def test_engine_and_drafter_may_have_ranks_of_their_own(
+    mode: ModeChoice, engine_ranks: int, drafter_ranks: int
+) -> None:
+    verifier = {"tensor_parallel": engine_ranks, "block_length": 8}
+    check_staged(3, verifier, {"tensor_parallel": drafter_ranks}, mode)
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.asking import MISSES, OFF_SECONDS
-from engine.config import DiffusionParams, ModeChoice, SamplingParams
+from engine.config import DiffusionParams, ModeChoice, SamplingParams, Sizes
 from engine.drafter import Drafter
 from engine.drafts import Answer, Ask, Verdict, Wanted
 from engine.engine import Engine
@@ -390,6 +390,17 @@ def test_a_drafter_forgets_whom_nobody_asked_about_longest() -> None:
     drafter.add(b"", ask(0, [*texts[0], 9, 9], known=41))
     verdicts = {answer.key: answer.verdict for answer in drawn(drafter)}
     assert verdicts == {0: Verdict.DRAWN, 1: Verdict.FORGOTTEN}
+
+
+@pytest.mark.parametrize("block", [4, 8, 32])
+def test_a_text_near_the_longest_gets_its_drafts_and_a_longer_one_is_declined(block: int) -> None:
+    drafter = toy_drafter(1, block_length=32, kv_tokens=240, max_running=1)
+    sizes = Sizes.of(drafter.config, TOY)
+    for beyond in range(-2, sizes.slack):
+        text = random_prompt(random.Random(1), sizes.max_model_len + beyond)
+        drafter.add(b"", ask(1, text, block=block))
+        verdict = Verdict.DRAWN if beyond <= 0 else Verdict.DECLINED
+        assert [answer.verdict for answer in drawn(drafter)] == [verdict]
 
 
 def test_a_drafter_without_room_declines_and_goes_on() -> None:

@@ -6,6 +6,7 @@ learns from the next ask.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -263,21 +264,13 @@ def _follows(ask: Ask, sequence: Sequence) -> bool:
     return same and tuple(known[first:]) == ask.tokens[: len(known) - first]
 
 
-def load_drafter(config: EngineConfig) -> Drafter:
-    """A drafter on the checkpoint that the configuration names. Raises as `EngineLoop` does."""
+def load_drafter(config: EngineConfig, executor_factory: Callable[[EngineConfig], "Executor"]) -> Drafter:
+    """A drafter on what the factory starts, whose exceptions it raises."""
     import torch
 
-    from engine.device import kv_tokens, use_device
-    from engine.executor import LocalExecutor
-    from engine.runner import load_model
-    from engine.selfcheck import check_graphs, check_kernels
+    from engine.device import use_device
 
     torch.set_num_threads(config.threads)
     use_device(config.device)
-    model = load_model(config)
-    config = replace(config, kv_tokens=kv_tokens(config, model.config))
-    executor = LocalExecutor(model, config)
-    check_kernels(executor.runner)
-    executor.runner.capture()
-    check_graphs(executor.runner)
-    return Drafter(config, executor)
+    executor = executor_factory(config)
+    return Drafter(executor.config, executor)

@@ -3,7 +3,7 @@
 Run: `python -m perf.bench_forward`.
 
 F1: a forward, its head and what ends its segments, beside the floor: the bytes it must read at the bandwidth of a
-plain copy, or its operations at the rate of a large matrix product, both measured in the same run. F2: a draft and its
+plain sum, or its operations at the rate of a large matrix product, both measured in the same run. F2: a draft and its
 verification, executed together, beside two forwards. E1: the engine's AR decoding beside Hugging Face's eager
 `generate` on the same weights. E2: self-speculation with a forced number of tokens a round, beside AR. E3: how far
 AR's logits are from verification's, with `exact` and without, and what `exact` costs. E4: a step of AR decoding beside
@@ -31,14 +31,14 @@ from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.loop import EngineLoop
 from engine.model import Model
-from engine.output import StepOutput
+from engine.output import HostOutput
 from engine.request import Request
 from engine.runner import Runner, load_model
 from engine.segment import Pattern
 from engine.step import BLOCK, COMMITS, PATTERN, ROW, Step
 from perf.geometry import raw_config, write_config
 from perf.steps import draft_step, occupy, rewind, verify_step
-from perf.timing import copy_bandwidth, machine, matmul_rate, seconds_of, write_report
+from perf.timing import machine, matmul_rate, read_bandwidth, seconds_of, write_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Bench:
     def __init__(self, scale: Scale, device: torch.device, repeats: int) -> None:
         self.scale, self.device, self.repeats = scale, device, repeats
         dtype: torch.dtype = getattr(torch, scale.dtype)
-        self.bandwidth, self.rate = copy_bandwidth(device), matmul_rate(device, dtype)
+        self.bandwidth, self.rate = read_bandwidth(device), matmul_rate(device, dtype)
         with tempfile.TemporaryDirectory() as folder:
             write_config(Path(folder), scale.size)
             self.config = EngineConfig(
@@ -363,7 +363,7 @@ class ForcedExecutor(LocalExecutor):
         super().__init__(model, config)
         self.tokens, self.rounds = tokens, 0
 
-    def run(self, steps: Sequence[Step]) -> StepOutput:
+    def run(self, steps: Sequence[Step]) -> HostOutput:
         for step in steps:
             output = self.runner.run([step])
             segments = step.segments
@@ -432,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(SCALES[device.type], device, options.repeats)
     about = machine() | {
         "size": bench.scale.size,
-        "copy_bandwidth": bench.bandwidth,
+        "read_bandwidth": bench.bandwidth,
         "matmul_rate": bench.rate,
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()), file=sys.stderr)

@@ -78,7 +78,7 @@ class InstantDrafter(Drafter):
 
 def serve_drafts(config: EngineConfig, instant: bool, pipe: "Connection[Endpoint, str]") -> None:
     """A process that draws drafts until it is told to stop."""
-    drafter = load_drafter(config)
+    drafter = load_drafter(config, LocalExecutor.load)
     if instant:
         drafter = InstantDrafter(config, drafter.executor)
     server = DraftServer(drafter, "127.0.0.1")

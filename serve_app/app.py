@@ -63,4 +63,6 @@ def build(args: AppConfig) -> Application:
 
 
 def _resources(engine: EngineConfig) -> dict[str, Any]:
-    return {"num_cpus": 1, "num_gpus": 1 if engine.device.startswith("cuda") else 0}
+    # ranks have GPUs of their own, which the replica asks for itself
+    gpus = 1 if engine.device.startswith("cuda") and engine.tensor_parallel == 1 else 0
+    return {"num_cpus": 1, "num_gpus": gpus}

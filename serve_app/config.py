@@ -106,6 +106,12 @@ class AppConfig(_Section):
                 raise ValueError(f"{place} must be 0 or one of {BLOCK_LENGTHS}, not {_at(self, place)}")
         if self.ar_mode and self.engine.default_mode not in ("auto", "ar"):
             raise ValueError(f"ar_mode contradicts engine.default_mode: {self.engine.default_mode}")
+        for place, engine in self.engines.items():
+            if engine.tensor_parallel > 1 and engine.device not in ("cpu", "cuda"):
+                raise ValueError(
+                    f"{place}.device must be cpu or cuda with {place}.tensor_parallel above 1, not {engine.device}: "
+                    "each rank has a GPU of its own"
+                )
         if self.engine.weights == "fp8":
             raise ValueError("engine.weights: fp8 may only draft, and this engine answers; use 'checkpoint'")
         if self.topology == "colocated" and self.draft != DraftConfig():

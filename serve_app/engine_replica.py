@@ -13,7 +13,7 @@ from ray import serve
 from engine.asking import Asking
 from engine.config import DiffusionParams, EngineConfig, SamplingParams
 from engine.request import Delta, EngineError, Request, Slo
-from serve_app.chunk import Chunk
+from serve_app.chunks import Chunk
 from serve_app.termination import on_sigterm
 
 BEATS = 4  # signs of life in the time after which an engine counts as hung
@@ -37,8 +37,9 @@ class EngineReplica:
         """asking: how the engine gets drafts that are drawn elsewhere, if at all."""
         # Not at the top: the ingress and the command line import this module and must not pay for torch.
         from engine.loop import EngineLoop
+        from serve_app.replica_executor import make_executor
 
-        self._engine = EngineLoop(config, asking)
+        self._engine = EngineLoop(config, make_executor, asking)
         self._heartbeat, self._patience = heartbeat, patience
         self._name = serve.get_replica_context().replica_id.unique_id
         self._streams = 0

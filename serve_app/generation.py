@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.request import DecodeStats
 from serve_app.answer import Answer
-from serve_app.chunk import Chunk
+from serve_app.chunks import Chunk
 from serve_app.engine_client import EngineClient
 from serve_app.errors import ApiError
 

@@ -27,6 +27,10 @@ INLINE_SIZE = 16 * KIB  # bodies and texts up to here are handled on the event l
 # Configuration: (least, most) of a number, by its place in AppConfig.
 CONFIG: dict[str, tuple[float, float]] = {
     "replicas": (1, 1024),
+    "engine.tensor_parallel": (1, 64),
+    "engine.rendezvous_port": (0, 65535),
+    "engine.rendezvous_seconds": (1, 24 * 3600),
+    "engine.placement_seconds": (1, 24 * 3600),
     "engine.threads": (1, 256),
     "engine.page_size": (1, 1024),
     "engine.kv_tokens": (0, 2**40),

@@ -112,7 +112,7 @@ class LocalServer:
 
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, _replicas(self.config)),
+            num_cpus=max(os.cpu_count() or 1, _cpus(self.config)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -168,9 +168,12 @@ class LocalServer:
                 return
 
 
-def _replicas(config: AppConfig) -> int:
-    """Of all kinds of engines."""
-    return config.replicas + (config.draft.replicas if config.topology == "staged" else 0)
+def _cpus(config: AppConfig) -> int:
+    """What all engines ask Ray for: a replica one, and half a one for each of several ranks."""
+    drafters = (
+        config.draft.replicas * config.draft.engine.tensor_parallel if config.topology == "staged" else 0
+    )
+    return config.replicas * config.engine.tensor_parallel + drafters
 
 
 def _import_ray() -> None:
@@ -231,6 +234,10 @@ def _check_device(place: str, engine: EngineConfig) -> None:
 
     if not torch.cuda.is_available():  # Ray would wait for one
         raise StartError(f"{place}.device is {engine.device}, but torch {torch.__version__} sees no GPU here")
+    if engine.tensor_parallel > torch.cuda.device_count():
+        raise StartError(
+            f"{place}.tensor_parallel is {engine.tensor_parallel}, but torch sees {torch.cuda.device_count()} GPUs here"
+        )
 
 
 def check_port(host: str, port: int) -> None:

@@ -34,8 +34,9 @@ class DraftStage:
         # Not at the top: the builder imports this module and must not pay for torch.
         from cluster.draft_server import DraftServer
         from engine.drafter import load_drafter
+        from serve_app.replica_executor import make_executor
 
-        self._server = DraftServer(load_drafter(config), _own_address())
+        self._server = DraftServer(load_drafter(config, make_executor), _own_address())
         self._patience = patience
 
     async def endpoint(self) -> tuple[str, str]:

@@ -77,6 +77,11 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(raw: dict[str, Any], sente
             "ar_mode: true\nengine: {default_mode: diffusion}",
             "ar_mode contradicts engine.default_mode: diffusion",
         ),
+        (
+            "engine: {tensor_parallel: 2, device: 'cuda:1'}",
+            "engine.device must be cpu or cuda with engine.tensor_parallel above 1, not cuda:1",
+        ),
+        ("engine: {tensor_parallel: 0}", "engine.tensor_parallel must be between 1 and 64, not 0"),
         ("engine: {weights: fp8}", "engine.weights: fp8 may only draft, and this engine answers"),
         ("draft: {replicas: 2}", "draft is for topology: staged"),
         ("topology: both", "topology: Input should be 'colocated' or 'staged'"),

@@ -140,18 +140,22 @@ def test_a_stopped_engine_costs_no_token_and_is_replaced(pair: ServerProcess) ->
         wait_for(lambda: victim not in engines(pair) and len(ready(client)) == 2, 60)
 
 
-def test_a_server_whose_engines_are_all_stopped_is_unready_within_ten_seconds(pair: ServerProcess) -> None:
-    with client_of(pair) as client:
-        wait_for(lambda: len(ready(client)) == 2, 60)
+def test_engines_that_all_stop_for_a_while_make_the_server_unready_within_ten_seconds_and_lose_nothing(
+    pair: ServerProcess,
+) -> None:
+    def pause(client: httpx.Client) -> None:
         stopped = engines(pair)
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
         wait_for(lambda: not ready(client), 10)
+        time.sleep(
+            HEARTBEAT
+        )  # requests have left their engines, and come back to one that may still have them
         for pid in stopped:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-        wait_for(lambda: len(ready(client)) == 2, 60)
-        assert whole(client, 0)
+
+    assert under_load(pair, pause) > 0
 
 
 def test_a_terminated_server_finishes_its_answers_and_takes_no_more() -> None:

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any
 
+from ray import serve
+
 from engine.config import DiffusionParams, EngineConfig, SamplingParams
 from engine.request import Delta, EngineError, Request, Slo
 
@@ -44,9 +46,14 @@ class EngineReplica:
         self._engine.abort(request_id)
 
     async def status(self) -> dict[str, Any]:
-        """Counters of the engine, and what never changes: its context length and its start-up times."""
+        """Counters of the engine, and what never changes: Serve's name for this replica, the context length and the
+        start-up times."""
         status = dataclasses.asdict(self._engine.status())
-        return status | {"max_model_len": self._engine.max_model_len, "phases": dict(self._engine.phases)}
+        return status | {
+            "replica": serve.get_replica_context().replica_id.unique_id,
+            "max_model_len": self._engine.max_model_len,
+            "phases": dict(self._engine.phases),
+        }
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

@@ -123,7 +123,7 @@ class ChaosCluster(ServerProcess):
 
     def close(self) -> None:
         """Ends every process, the stopped ones too."""
-        self.process.terminate()
+        self.process.send_signal(signal.SIGINT)  # SIGTERM would have the answers finished first
         self.process.communicate(timeout=30)
         self._complaints.close()
         assert self.processes() == {}

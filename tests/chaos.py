@@ -280,6 +280,7 @@ class Record:
     text: str = ""
     finish_reason: str | None = None
     tokens: int = 0  # as usage counts them
+    resumed: int = 0  # engines that the answer outlived, as usage says
     arrivals: list[float] = field(default_factory=list)
     ended: float | None = None
     error: str = ""
@@ -362,7 +363,12 @@ def _read_refusal(record: Record, content: bytes) -> None:
 def _read_whole(record: Record, body: dict[str, Any]) -> None:
     [choice] = body["choices"]
     record.text, record.finish_reason = choice["text"], choice["finish_reason"]
-    record.tokens = body["usage"]["completion_tokens"]
+    _read_usage(record, body["usage"])
+
+
+def _read_usage(record: Record, usage: dict[str, Any]) -> None:
+    record.tokens = usage["completion_tokens"]
+    record.resumed = usage["decode"].get("resumed", 0)
 
 
 async def _read_stream(record: Record, response: httpx.Response) -> None:
@@ -375,7 +381,7 @@ async def _read_stream(record: Record, response: httpx.Response) -> None:
         if "error" in event:
             record.error = str(event["error"])
         elif event.get("usage"):
-            record.tokens = event["usage"]["completion_tokens"]
+            _read_usage(record, event["usage"])
         else:
             [choice] = event["choices"]
             record.arrivals.append(time.monotonic())
@@ -448,6 +454,7 @@ class Outcome:
     requests: int
     in_flight: int  # at the fault
     on_victim: int  # sequences of engines that were hit
+    resumed: int  # answers that another engine continued
     lost: int  # no answer, or an error
     wrong: int  # tokens missing, doubled or different
     sockets: int  # connections that broke because their own ingress had died
@@ -493,6 +500,7 @@ async def trial(
         on_victim=sum(
             before[name]["running"] + before[name]["waiting"] for name in victim.replicas & before.keys()
         ),
+        resumed=sum(record.resumed > 0 for record in answered),
         lost=len(lost) + len(late),
         wrong=len(wrong),
         sockets=len(cut),
@@ -548,14 +556,14 @@ async def series(
 
 
 HEADER = (
-    "fault", "server", "in flight", "on the victim", "lost", "wrong", "connections cut",
+    "fault", "server", "in flight", "on the victim", "resumed", "lost", "wrong", "connections cut",
     "added p95 (s)", "longest gap (s)", "whole after (s)",
 )  # fmt: skip
 
 
 def row(outcome: Outcome) -> str:
     cells = (
-        outcome.fault, outcome.shape, outcome.in_flight, outcome.on_victim, outcome.lost, outcome.wrong,
+        outcome.fault, outcome.shape, outcome.in_flight, outcome.on_victim, outcome.resumed, outcome.lost, outcome.wrong,
         outcome.sockets, outcome.added_p95, outcome.longest_gap, outcome.whole_after or "never",
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"

@@ -6,12 +6,8 @@ from pathlib import Path
 import torch
 import triton
 
-from engine.config import EngineConfig, ModelConfig, Sizes
-
-PAGE_SIZE = (
-    64  # two programs of attention fit an SM; longer pages spill, shorter ones starve its matrix units
-)
-SPARE = 0.08  # of a GPU's memory, for what captured graphs and the allocator need
+from engine.config import EngineConfig, ModelConfig
+from engine.memory import PAGE_SIZE, pool_tokens
 
 
 def check_device(config: EngineConfig, model: ModelConfig) -> None:
@@ -53,18 +49,10 @@ def kv_tokens(config: EngineConfig, model: ModelConfig) -> int:
         raise ValueError("kv_tokens: 0 needs a GPU, whose free memory it stands for")
     torch.cuda.empty_cache()  # what loading has left over
     free, total = torch.cuda.mem_get_info(config.device)
-    sizes = Sizes.of(config, model)
-    width = torch.finfo(getattr(torch, config.dtype)).bits // 8
-    logits = 4 * config.max_batch_tokens * model.vocab_size
-    inner = model.num_heads * model.head_dim + 6 * model.hidden_size + 3 * model.intermediate_size
-    activations = config.max_batch_tokens * inner * width
-    tables = 8 * (config.max_running + 1) * (sizes.max_model_len + sizes.slack)
-    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width
-    room = free - int(SPARE * total) - logits - activations - tables
-    pages = room // token // config.page_size
-    if pages < 1:
+    tokens = pool_tokens(free, total, config, model)
+    if not tokens:
         raise ValueError(f"kv_tokens: {free / 2**30:.1f} GiB of free memory leave no room for the cache")
-    return int(pages * config.page_size)
+    return tokens
 
 
 def device_name(device: str) -> str:

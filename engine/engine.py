@@ -68,15 +68,15 @@ class Engine:
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
 
-    def abort(self, request_id: str) -> Delta | None:
+    def abort(self, request_id: str, reason: str = "abort") -> Delta | None:
         """Forgets a request and frees its pages at once. Returns its last delta; None for an id that is not known,
         since it may just have ended."""
         sequence = self.sequences.pop(request_id, None)
         if sequence is None:
             return None
-        sequence.finish_reason = "abort"
+        sequence.finish_reason = reason
         self.scheduler.drop(sequence)
-        return Delta((), "abort", sequence.stats())
+        return Delta((), reason, sequence.stats())
 
     def switch(self, request_id: str, mode: ModeChoice) -> None:
         """Lets a running request continue in another mode from its next seam on. Raises ValueError for no mode."""

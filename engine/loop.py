@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -30,6 +31,7 @@ from engine.selfcheck import check_graphs, check_kernels
 
 logger = logging.getLogger(__name__)
 
+NOTICE_SECONDS = 0.1  # that word of a request on probation has to get out before it runs
 OBSERVED = (
     4  # one step in so many corrects the cost model: an observation takes as long as a small model's layer
 )
@@ -75,6 +77,9 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: close
         self._streams: dict[str, _Stream] = {}
         self._error: str | None = None
+        self._moving = False
+        self._announced = ""  # the request on probation that was announced last
+        self._round = time.monotonic()  # when the thread last went round; inf while it waits for work
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -110,6 +115,19 @@ class EngineLoop:
         """Ends a request, whose stream then says so, and frees what it holds; ignored if it has ended."""
         self._commands.put(lambda: self._abort(request_id))
 
+    def hand_over(self) -> None:
+        """Ends all requests with the reason "moved", also those still to come."""
+        self._commands.put(self._hand_over)
+
+    def running(self, request_id: str) -> bool:
+        """Whether a request takes part in steps; False while it waits, and once it has ended."""
+        sequence = self.engine.sequences.get(request_id)
+        return sequence is not None and sequence.row >= 0
+
+    def stalled(self) -> float:
+        """Seconds that the engine's thread has been inside one step; 0 while there is nothing to do."""
+        return max(0.0, time.monotonic() - self._round)
+
     def switch(self, request_id: str, mode: ModeChoice) -> None:
         """Lets a running request continue in another mode from its next seam on; ignored if it has ended."""
         self._commands.put(lambda: self._switch(request_id, mode))
@@ -127,6 +145,9 @@ class EngineLoop:
         if self._error is not None:
             stream.put(Delta((), "error", error=self._error))
             return
+        if self._moving:
+            stream.put(Delta((), "moved"))
+            return
         try:
             self.engine.add(request)
         except ValueError as error:
@@ -141,6 +162,13 @@ class EngineLoop:
         if delta is not None:
             self._deliver(request_id, delta)
 
+    def _hand_over(self) -> None:
+        self._moving = True
+        for request_id in list(self.engine.sequences):
+            delta = self.engine.abort(request_id, "moved")
+            assert delta is not None
+            self._deliver(request_id, delta)
+
     def _switch(self, request_id: str, mode: ModeChoice) -> None:
         if self._error is None and request_id in self.engine.sequences:
             self.engine.switch(request_id, mode)
@@ -149,9 +177,12 @@ class EngineLoop:
         """Carries out all commands, waiting for the first if asked to. False when told to close."""
         while True:
             try:
+                self._round = math.inf if wait else time.monotonic()
                 command = self._commands.get(block=wait)
             except queue.Empty:
                 return True
+            finally:
+                self._round = time.monotonic()
             if command is None:
                 return False
             command()
@@ -162,6 +193,7 @@ class EngineLoop:
         try:
             use_device(self.device)
             while self._obey(wait=self.engine.idle):
+                self._announce()
                 before = self._step(before)
         except Exception as error:
             logger.exception("the engine failed")
@@ -170,6 +202,17 @@ class EngineLoop:
                 self._deliver(request_id, Delta((), "error", error=self._error))
             while self._obey(wait=True):  # refuses what still comes
                 pass
+
+    def _announce(self) -> None:
+        """Lets whoever follows a request on probation know that it runs before it can do harm."""
+        scheduler = self.engine.scheduler
+        if scheduler.running or not scheduler.waiting or not scheduler.waiting[0].request.alone:
+            return
+        request_id = scheduler.waiting[0].request.id
+        if request_id != self._announced:
+            self._announced = request_id
+            self._deliver(request_id, Delta(()))
+            time.sleep(NOTICE_SECONDS)
 
     def _step(self, before: float | None) -> float | None:
         """One step of the engine. Returns when something was reported, None if it was nothing or the engine is idle.

@@ -31,13 +31,15 @@ class Request:
     generated: tuple[int, ...] = ()
     slo: Slo = field(default_factory=Slo)
     cache_salt: str = ""  # requests share cached pages only with those of the same salt
+    alone: bool = False  # on probation: no other request runs on the engine while it does
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeStats:
     """How an answer was decoded. `forwards` counts the steps in which the sequence had a segment and `tokens` what they
     committed; neither has the prefill, nor the first token, which comes from it. `cached_tokens` counts those of the
-    prompt that needed no prefill, since the cache had their KV."""
+    prompt that needed no prefill, since the cache had their KV. `resumed` counts the engines that the answer outlived;
+    all else is of the last engine, and of those that handed it over in order."""
 
     modes: tuple[str, ...] = ()
     forwards: int = 0
@@ -47,12 +49,14 @@ class DecodeStats:
     denoise_passes: int = 0
     canvases: int = 0
     cached_tokens: int = 0
+    resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens of one request. `finish_reason` comes with the last one: "stop", "length", "abort", with `stats`;
-    or "refused" or "error", with `error` saying why."""
+    """New tokens of one request, or none where one on probation starts. `finish_reason` comes with the last one:
+    "stop", "length", "abort" or "moved" (to be continued by another engine), with `stats`; or "refused" or "error",
+    with `error` saying why."""
 
     token_ids: tuple[int, ...]
     finish_reason: str | None = None

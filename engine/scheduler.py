@@ -92,6 +92,8 @@ class Scheduler:
             sequence = self.waiting[0]
             if sequence.in_flight:
                 return  # preempted with a step on its way, which may still bring tokens
+            if self.running and (sequence.request.alone or self.running[0].request.alone):
+                return
             if self._looked_up[:2] != (sequence, self.pool.version):  # a long prompt may wait for many steps
                 found = self._find(sequence)
                 self._looked_up = (sequence, self.pool.version, found, self.pool.idle(found))

@@ -6,12 +6,14 @@ F1: a forward, its head and what ends its segments, beside the floor: the bytes 
 plain copy, or its operations at the rate of a large matrix product, both measured in the same run. F2: a draft and its
 verification, executed together, beside two forwards. E1: the engine's AR decoding beside Hugging Face's eager
 `generate` on the same weights. E2: self-speculation with a forced number of tokens a round, beside AR. E3: how far
-AR's logits are from verification's, with `exact` and without, and what `exact` costs.
+AR's logits are from verification's, with `exact` and without, and what `exact` costs. E4: a step of AR decoding beside
+the forward in it. L1: a server's engine from its start, with all the memory that is left as its cache.
 
 Without CUDA a small geometry runs in float32, which shows that the benchmark runs and nothing else.
 """
 
 import argparse
+import asyncio
 import gc
 import sys
 import tempfile
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from torch import Tensor
 from engine.config import EngineConfig, ModelConfig, ModeName, SamplingParams
 from engine.engine import Engine
 from engine.executor import LocalExecutor
+from engine.loop import EngineLoop
 from engine.model import Model
 from engine.output import StepOutput
 from engine.request import Request
@@ -276,6 +280,67 @@ def e3(bench: Bench) -> Iterator[Row]:
     )
 
 
+def e4(bench: Bench) -> Iterator[Row]:
+    """Every sequence decodes while steps are timed; what their forward does not take is the host, where nothing hides
+    it."""
+    prompt, answer = a_prompt(bench), bench.scale.answer
+    context = len(prompt) + answer // 2
+    for rows in sorted({1, 8, bench.scale.rows}):
+        if rows > bench.scale.rows:
+            continue
+        forward = bench.forward(bench.runner(), rows, 1, context)
+        tidy()
+        engine = Engine(bench.config, LocalExecutor(bench.model, bench.config))
+        sampling = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True)
+        for row in range(rows):
+            engine.add(Request(str(row), prompt[row:] + prompt[:row], sampling, "ar"))
+        silent = {str(row) for row in range(rows)}
+        while silent:
+            silent -= engine.step().keys()
+        for _ in range(2):
+            engine.step()  # the first of all rows, which may have to be captured
+        count = answer // 4
+        start = time.perf_counter()
+        for _ in range(count):
+            engine.step()
+        step = (time.perf_counter() - start) / count
+        shape = f"AR step, C={rows} ctx about {context}"
+        yield Row("E4", shape, 1e3 * step, "ms", "its forward", 1e3 * forward, forward / step, "0.90")
+        del engine
+
+
+def l1(bench: Bench) -> Iterator[Row]:
+    """Checks its kernels, captures its graphs, measures its steps and answers; the weights are there already."""
+    tidy()
+    cuda = bench.device.type == "cuda"
+    config = replace(bench.config, kv_tokens=0) if cuda else bench.config
+    with patch("engine.loop.load_model", return_value=bench.model):
+        loop = EngineLoop(config)
+    try:
+        said = asyncio.run(_streamed(loop, bench))
+        assert said == [bench.scale.answer] * bench.scale.rows, f"answers have {said} tokens"
+        total = sum(loop.phases.values())
+        for phase, seconds in loop.phases.items():
+            yield Row("L1", f"start: {phase}", seconds, "s", "whole start", total, seconds / total)
+        free, all_of_it = torch.cuda.mem_get_info(bench.device) if cuda else (0, 1)
+        cached = loop.engine.config.kv_tokens
+        shape = f"the cache, and what is free beside it after {len(said)} answers"
+        yield Row("L1", shape, cached, "tokens", "GiB", free / 2**30, free / all_of_it)
+    finally:
+        loop.close()
+
+
+async def _streamed(loop: EngineLoop, bench: Bench) -> list[int]:
+    """The lengths of as many answers as run at a time."""
+    prompt, sampling = a_prompt(bench), SamplingParams(max_tokens=bench.scale.answer, ignore_eos=True)
+
+    async def one(row: int) -> int:
+        request = Request(str(row), prompt[row:] + prompt[:row], replace(sampling, seed=row))
+        return sum([len(delta.token_ids) async for delta in loop.stream(request)])
+
+    return list(await asyncio.gather(*(one(row) for row in range(bench.scale.rows))))
+
+
 class Listening(Model):
     """A model that keeps the logits of its steps."""
 
@@ -337,7 +402,9 @@ def answered(engine: Engine, prompt: tuple[int, ...], tokens: int, mode: ModeNam
     return said, time.perf_counter() - start
 
 
-SUITES: dict[str, Callable[[Bench], Iterator[Row]]] = {"F1": f1, "F2": f2, "E1": e1, "E2": e2, "E3": e3}
+SUITES: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "F1": f1, "F2": f2, "E1": e1, "E2": e2, "E3": e3, "E4": e4, "L1": l1,
+}  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:

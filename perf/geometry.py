@@ -5,9 +5,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from cluster.published import FOLDER
 from engine.config import ModelConfig
 
-DATA = Path(__file__).parent / "data"
 SIZES = ("3b", "8b", "14b", "toy")
 TOY = {
     "hidden_size": 128,
@@ -23,7 +23,7 @@ TOY = {
 def raw_config(size: str) -> dict[str, Any]:
     """The config.json of a size; `toy` is the 3B's with small numbers."""
     raw: dict[str, Any] = json.loads(
-        (DATA / f"nld_{'3b' if size == 'toy' else size}_config.json").read_text()
+        (FOLDER / f"nld_{'3b' if size == 'toy' else size}_config.json").read_text()
     )
     return raw | (TOY if size == "toy" else {})
 

@@ -5,7 +5,8 @@
 #   perf/gpu_suite.sh [FOLDER]      logs and JSON go there, by default perf/results/gpu; PYTHON names the interpreter
 #
 # Needs torch with CUDA, triton, numpy, safetensors and pytest. Without hypothesis the property tests are left out, without
-# transformers benchmark E1. Nothing is installed. The status is 0 if every part passed.
+# transformers benchmark E1; with xdist the kernels' tests compile side by side. Nothing is installed. The status is 0 if
+# every part passed.
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 2
 results=${1:-perf/results/gpu}
@@ -63,19 +64,21 @@ if has pytest; then
         mapfile -t tests < <(grep -L hypothesis "${tests[@]}")
     fi
     has hypothesis && has httpx || pytest+=(--noconftest)
-    part kernel_tests 130 "${pytest[@]}" -m "not long" "${tests[@]}"
+    # most of their time is compiling, a build for almost every shape
+    has xdist && many=(-n "$(($(nproc) < 12 ? $(nproc) : 12))") || many=()
+    part kernel_tests 130 "${pytest[@]}" "${many[@]}" -m "not long" "${tests[@]}"
     part gpu_tests 130 "${pytest[@]}" -m long tests/test_gpu.py
 else
     missing kernel_tests "$python has no pytest"
     missing gpu_tests "$python has no pytest"
 fi
 part bench_kernels 130 "$python" -m perf.bench_kernels --repeats 10 --json "$results/kernels.json"
-suites=(F1 F2 E1 E2 E3)
+suites=(F1 F2 E1 E2 E3 E4 L1)
 if ! has transformers; then
     echo "no transformers: E1 is left out"
-    suites=(F1 F2 E2 E3)
+    suites=(F1 F2 E2 E3 E4 L1)
 fi
-part bench_forward 170 "$python" -m perf.bench_forward --repeats 10 --only "${suites[@]}" --json "$results/forward.json"
+part bench_forward 210 "$python" -m perf.bench_forward --repeats 10 --only "${suites[@]}" --json "$results/forward.json"
 
 echo
 printf '%s\n' "${table[@]}" | tee "$results/summary.txt"

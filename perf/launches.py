@@ -12,7 +12,7 @@ from engine.fp8 import quantise
 from engine.graphs import SIZES
 from engine.model import Model
 from engine.runner import Runner
-from engine.weights import expected_shapes
+from engine.shapes import expected_shapes
 from kernels.backend import Launch, recording
 from perf.geometry import geometry
 

@@ -8,12 +8,15 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
+import cluster.routing
 from serve_app.config import AppConfig, logging_config
 from serve_app.engine_replica import EngineReplica
 from serve_app.ingress import Ingress
 
 NAME = "triserve"
+ROUTER: Any = cluster.routing.FreshRouter  # Serve takes a class here, whatever its annotation says
 INGRESS_ONGOING = 4096  # requests that one ingress replica follows at a time
 
 
@@ -22,7 +25,7 @@ def build(args: AppConfig) -> Application:
     common: dict[str, Any] = {
         "logging_config": logging_config(args),
         "health_check_period_s": args.serve.health_check_seconds,
-        "health_check_timeout_s": max(30.0, 3 * args.serve.health_check_seconds),
+        "health_check_timeout_s": args.serve.heartbeat_seconds,  # three in a row end a replica
         "graceful_shutdown_timeout_s": args.serve.drain_seconds,
     }
     gpus = 1 if args.engine.device.startswith("cuda") else 0
@@ -32,6 +35,7 @@ def build(args: AppConfig) -> Application:
         max_ongoing_requests=args.serve.max_ongoing_requests,
         max_queued_requests=args.serve.max_queued_requests,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         **common,
     )(EngineReplica)
     ingress = serve.deployment(
@@ -41,4 +45,6 @@ def build(args: AppConfig) -> Application:
         ray_actor_options={"num_cpus": 0},
         **common,
     )(Ingress)
-    return ingress.bind(args, engine.bind(args.effective_engine, args.serve.stuck_seconds))
+    return ingress.bind(
+        args, engine.bind(args.effective_engine, args.serve.heartbeat_seconds, args.serve.stuck_seconds)
+    )

@@ -6,15 +6,18 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import MODES
+from cluster.plan import PlanError
+from engine.config import MODES, CheckpointError
 from serve_app.config import AppConfig, ConfigError, load
 from serve_app.doctor import report
 from serve_app.local_server import LocalServer, StartError
+from serve_app.plan import add_options, run
 from serve_app.supervisor import supervise
 
 USAGE_ERROR = 2
@@ -26,6 +29,8 @@ FAILURE = 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 for a failure, 2 for a wrong command line or configuration."""
     options = _parser().parse_args(arguments)
+    if options.command == "plan":
+        return _plan(options)
     try:
         config = load(options.config, _overrides(options))
     except ConfigError as error:
@@ -55,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--mode", choices=["auto", *MODES], help="decoding mode of requests that name none"
         )
+    description = "derive replicas, tensor parallelism and memory from a pool of GPUs; prints a configuration"
+    add_options(commands.add_parser("plan", help=description, description=description))
     return parser
 
 
@@ -72,6 +79,15 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 def _absolute(checkpoint: str) -> str:
     """Servers run in a folder of their own; what is no folder here is left for the check to judge."""
     return os.path.abspath(checkpoint) if os.path.isdir(checkpoint) else checkpoint
+
+
+def _plan(options: argparse.Namespace) -> int:
+    try:
+        print(run(options))
+    except (PlanError, CheckpointError) as error:
+        print(f"triserve: {error}", file=sys.stderr)
+        return FAILURE
+    return 0
 
 
 def _doctor(config: AppConfig) -> int:
@@ -94,9 +110,16 @@ def _serve_forever(config: AppConfig) -> int:
     except StartError as error:
         print(f"triserve: {error}", file=sys.stderr)
         return FAILURE
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
     print(ready_screen(server, time.perf_counter() - began), flush=True)
-    while True:
+    while not terminated.is_set():
         signal.pause()
+    print("TriServe takes no more requests and finishes those it has.", flush=True)
+    left = server.drain()
+    if left:
+        print(f"serve.drain_seconds are over: {left} answers are cut.", file=sys.stderr)
+    return 0
 
 
 def ready_screen(server: LocalServer, seconds: float) -> str:

@@ -51,7 +51,10 @@ class ServeConfig(_Section):
     max_queued_requests: int = 1024  # per ingress replica, beyond those; more are answered 503
     access_log: bool = False
     health_check_seconds: float = 1.0
-    stuck_seconds: float = 300.0  # an engine with work and without a step is replaced
+    heartbeat_seconds: float = (
+        5.0  # an engine with work and without a step gets no requests; its own go on elsewhere
+    )
+    stuck_seconds: float = 30.0  # such an engine is replaced
     start_seconds: float = 1800.0  # until every replica must be up
     drain_seconds: float = 600.0  # what a leaving replica's streams get
     stats_port: int = 8404  # HAProxy's own pages
@@ -151,6 +154,7 @@ def ray_environment(config: AppConfig) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if haproxy else "0",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": str(config.serve.health_check_seconds),
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # what is logged of a failing replica is not to be lost
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung one would keep its GPU for `drain_seconds`
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     if haproxy:

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engine.config import CheckpointError
+from engine.memory import WIDTH, token_bytes
+from engine.shapes import expected_shapes
 from serve_app.config import AppConfig
 from serve_app.local_server import StartError, check_checkpoint, check_device, check_port
 
@@ -102,7 +104,7 @@ def _no_foreign_kernels() -> str:
 
 def _checkpoint(config: AppConfig) -> str:
     folder, model = check_checkpoint(config)
-    from engine.weights import contents, expected_shapes
+    from engine.weights import contents
 
     if config.engine.load_format == "dummy":
         count, kind = sum(map(math.prod, expected_shapes(model).values())), "random "
@@ -116,12 +118,9 @@ def _checkpoint(config: AppConfig) -> str:
 
 def _memory(config: AppConfig) -> str:
     _, model = check_checkpoint(config)
-    from engine.weights import expected_shapes
-
-    width = {"bfloat16": 2, "float32": 4, "float64": 8}[config.engine.dtype]
-    weights = sum(map(math.prod, expected_shapes(model).values()))
-    cache = config.engine.kv_tokens * 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    on_host = width * (weights + cache) if config.engine.device == "cpu" else 0
+    weights = WIDTH[config.engine.dtype] * sum(map(math.prod, expected_shapes(model).values()))
+    cache = config.engine.kv_tokens * token_bytes(config.engine, model)
+    on_host = weights + cache if config.engine.device == "cpu" else 0
     available = _available_bytes()
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else None
     if available < SERVER_BYTES + on_host:

@@ -1,49 +1,102 @@
 """The ingress's view of the engine replicas."""
 
 import asyncio
-import dataclasses
+import time
 from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 from typing import Any, cast
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, DeploymentResponseGenerator
 
-from engine.request import Request
-from serve_app.engine_replica import Chunk, pack
+from cluster.routing import Fleet, fleets
+from engine.request import EngineError, Request
+from serve_app.chunk import Chunk
+from serve_app.engine_replica import pack
 from serve_app.errors import ApiError
+from serve_app.journal import Journal
 
-RESUMES = 3  # replicas that one request may outlive
+WATCHES = 5  # looks at every replica in the time after which an engine counts as hung
+SILENT = 0.6  # of that time, after which no new request is sent to an engine
+RETRY_SECONDS = 0.1  # before a request that was handed over, or found nobody, is sent again
+
+
+LEFT = ("moved", "error")  # finish reasons after which another engine goes on
+
+
+class Silence(Exception):
+    """An engine has given no sign of life for too long."""
 
 
 class EngineClient:
-    """Streams, aborts and status over a deployment handle. Failures are ApiErrors with a 5xx status."""
+    """Streams, aborts and status over a deployment handle. Failures are ApiErrors with a 5xx status.
 
-    def __init__(self, handle: DeploymentHandle[Any], patience: float) -> None:
+    heartbeat: seconds of silence after which an engine counts as hung. patience: seconds that a request waits for any
+    engine at all.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any], heartbeat: float, patience: float) -> None:
         self._handle = handle
         self._stream = handle.options(method_name="stream", stream=True)
-        self._patience = patience  # seconds for a status
+        self._heartbeat, self._patience = heartbeat, patience
+        self._fleet = fleets[handle.deployment_name] = Fleet(SILENT * heartbeat)
         self._background: set[asyncio.Task[None]] = set()
+        self._watched = False
 
     async def stream(self, request: Request, interval: float) -> AsyncGenerator[Chunk, None]:
-        """The answer's chunks, one per `interval` (seconds). When its replica dies, another continues the answer."""
-        tokens = list(request.generated)
-        for resumes_left in reversed(range(RESUMES + 1)):
-            response = self._call(dataclasses.replace(request, generated=tuple(tokens)), interval)
+        """The answer's chunks, one per `interval` (seconds). When its engine dies, hangs or leaves, another one
+        continues the answer where it stood, and the client sees nothing of it."""
+        self._watch()
+        journal = Journal(request)
+        alone = time.monotonic()  # since when no engine has been heard
+        while True:
             try:
-                async for chunk in response:
-                    tokens += chunk[0]
-                    yield chunk
-                    if chunk[1] is not None:
-                        return
-                raise _failure("the engine ended an answer without saying why")
-            except RayActorError as error:
-                if not resumes_left:
-                    raise _failure("the engine replica was lost", status=503) from error
+                async with aclosing(self._alive(self._call(journal.request(), interval))) as chunks:
+                    async for chunk in chunks:
+                        alone = time.monotonic()
+                        shown = journal.record(chunk)
+                        if chunk.finish_reason in LEFT:
+                            if chunk.token_ids:
+                                yield Chunk(chunk.token_ids)
+                            break
+                        if chunk.token_ids or chunk.finish_reason is not None:
+                            yield shown
+                        if chunk.finish_reason is not None:
+                            return
+                    else:
+                        raise _failure("the engine ended an answer without saying why")
+                if chunk.finish_reason == "error":
+                    raise EngineError(chunk.error)
+                journal.moved()
+            except (RayActorError, EngineError, Silence) as error:
+                if not journal.lost():
+                    raise _failure(
+                        "this request was given up: the engines that served it died, the last one while it served "
+                        "nothing else",
+                        code="engine_died",
+                    ) from error
             except (BackPressureError, DeploymentUnavailableError) as error:
-                raise _failure(f"the engine takes no requests: {error}", status=503) from error
-            finally:
-                response.cancel()  # type: ignore[no-untyped-call]
+                if not journal.accepted:
+                    raise _failure(f"the engine takes no requests: {error}", status=503) from error
+            if time.monotonic() - alone > self._patience:
+                raise _failure("no engine replica answers", status=503)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _alive(self, response: DeploymentResponseGenerator[Chunk]) -> AsyncGenerator[Chunk, None]:
+        """The chunks of one call. Raises Silence where they stop coming."""
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(self._heartbeat):
+                        chunk = await anext(response)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError as error:
+                    raise Silence from error
+                yield chunk
+        finally:
+            response.cancel()  # type: ignore[no-untyped-call]
 
     def _call(self, request: Request, interval: float) -> DeploymentResponseGenerator[Chunk]:
         return cast(DeploymentResponseGenerator[Chunk], self._stream.remote(pack(request), interval))
@@ -54,22 +107,48 @@ class EngineClient:
 
     async def status(self) -> list[dict[str, Any]]:
         """One per replica that answers. Raises ApiError (503) if none does in time."""
-        replicas = [reply for reply in await self._broadcast("status") if isinstance(reply, dict)]
+        self._watch()
+        replies = await self._broadcast("status", seconds=self._heartbeat)
+        replicas = [reply for reply in replies if isinstance(reply, dict)]
         if not replicas:
             raise _failure("no engine replica answers", status=503)
         return replicas
 
-    async def _abort(self, request_id: str) -> None:
-        await self._broadcast("abort", request_id)
+    def serving(self, status: dict[str, Any]) -> bool:
+        """Whether a replica of that status takes requests and makes steps."""
+        return not status["error"] and not status["leaving"] and status["stalled"] < self._heartbeat
 
-    async def _broadcast(self, method: str, *arguments: Any) -> list[Any]:
-        """What every replica answers, exceptions included; nothing, if there is none or time runs out."""
+    async def _abort(self, request_id: str) -> None:
+        await self._broadcast("abort", request_id, seconds=self._heartbeat)
+
+    def _watch(self) -> None:
+        if not self._watched:
+            self._watched = True
+            self._start(self._keep_watching())
+
+    async def _keep_watching(self) -> None:
+        """Tells the router which replicas are alive, and which are about to leave."""
+        while True:
+            for reply in await self._broadcast("status", seconds=self._heartbeat / WATCHES):
+                if isinstance(reply, dict) and not reply["error"] and reply["stalled"] < self._heartbeat:
+                    self._fleet.hear(reply["replica"], time.monotonic(), reply["leaving"])
+            await asyncio.sleep(self._heartbeat / WATCHES)
+
+    async def _broadcast(self, method: str, *arguments: Any, seconds: float) -> list[Any]:
+        """What every replica says that answers in time, exceptions included. Once one has, the others have little."""
         try:
-            async with asyncio.timeout(self._patience):
-                response = self._handle.broadcast(method, *arguments)
-                return list(await response.results_async(return_exceptions=True))
+            async with asyncio.timeout(seconds):
+                calls = await _calls(self._handle.broadcast(method, *arguments))
         except (TimeoutError, DeploymentUnavailableError):
             return []
+        answers = [asyncio.ensure_future(call.get_async()) for call in calls]
+        if not answers:
+            return []
+        await asyncio.wait(answers, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        done, late = await asyncio.wait(answers, timeout=min(seconds, self._heartbeat / WATCHES))
+        for answer in late:
+            answer.cancel()
+        return [answer.exception() or answer.result() for answer in done if not answer.cancelled()]
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -77,5 +156,11 @@ class EngineClient:
         task.add_done_callback(self._background.discard)
 
 
-def _failure(message: str, status: int = 500) -> ApiError:
-    return ApiError(message, status=status, code="engine_unavailable" if status == 503 else "engine_error")
+async def _calls(response: DeploymentBroadcastResponse) -> list[Any]:
+    """One call per replica: the public way to their results is to wait for all of them, hung ones included."""
+    return cast(list[Any], await response._fetch_replica_results_async())
+
+
+def _failure(message: str, status: int = 500, code: str | None = None) -> ApiError:
+    code = code or ("engine_unavailable" if status == 503 else "engine_error")
+    return ApiError(message, status=status, code=code)

@@ -2,15 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from engine.request import DecodeStats
 from serve_app.answer import Answer
+from serve_app.chunk import Chunk
 from serve_app.engine_client import EngineClient
-from serve_app.engine_replica import Chunk
 from serve_app.errors import ApiError
 
 STATISTICS_SECONDS = 1.0  # that an answer may wait for how it was decoded
@@ -37,6 +37,7 @@ class Generation:
         self._first: Event | None = None
         self._interval = interval
         self._open = len(answers)
+        self._on_close: Callable[[], None] = _nothing
         self._tasks = [
             asyncio.create_task(self._follow(choice, answer)) for choice, answer in enumerate(answers)
         ]
@@ -52,10 +53,16 @@ class Generation:
         while self._open:
             yield await self._next(quiet_seconds)
 
+    def on_close(self, act: Callable[[], None]) -> None:
+        """Has `act` called once, when the generation is closed."""
+        self._on_close = act
+
     def close(self) -> None:
         """Aborts what still runs. Returns at once."""
         for task in self._tasks:
             task.cancel()
+        act, self._on_close = self._on_close, _nothing
+        act()
 
     def usage(self, prompt_tokens: int) -> dict[str, Any]:
         """OpenAI's counters, and under `decode` how the tokens were decoded."""
@@ -85,13 +92,13 @@ class Generation:
         ended = False
         try:
             async with aclosing(self._engine.stream(answer.request, self._interval)) as chunks:
-                async for token_ids, finish_reason, stats, error in chunks:
-                    ended = finish_reason is not None
-                    if finish_reason not in (None, "stop", "length"):
-                        raise _failure(finish_reason, error)
-                    if stats is not None:
-                        answer.stats = DecodeStats(**stats)
-                    text = answer.push(token_ids, finish_reason)
+                async for chunk in chunks:
+                    ended = chunk.finish_reason is not None
+                    if chunk.finish_reason not in (None, "stop", "length"):
+                        raise _failure(chunk.finish_reason, chunk.error)
+                    if chunk.stats is not None:
+                        answer.stats = DecodeStats(**chunk.stats)
+                    text = answer.push(chunk.token_ids, chunk.finish_reason)
                     if answer.finish_reason and not ended:  # a stop string
                         await self._cut(answer, chunks)
                         ended = True
@@ -113,11 +120,15 @@ class Generation:
         self._engine.abort(answer.request.id)
         with suppress(TimeoutError, ApiError):
             async with asyncio.timeout(STATISTICS_SECONDS):
-                async for _, finish_reason, stats, _ in chunks:
-                    if stats is not None:
-                        answer.stats = DecodeStats(**stats)
-                    if finish_reason is not None:
+                async for chunk in chunks:
+                    if chunk.stats is not None:
+                        answer.stats = DecodeStats(**chunk.stats)
+                    if chunk.finish_reason is not None:
                         return
+
+
+def _nothing() -> None:
+    pass
 
 
 def _failure(finish_reason: str | None, error: str | None) -> ApiError:
@@ -136,4 +147,5 @@ def _decode_usage(stats: Sequence[DecodeStats]) -> dict[str, Any]:
         "drafted": sum(each.drafted for each in stats),
         "accepted": sum(each.accepted for each in stats),
         "denoise_passes": sum(each.denoise_passes for each in stats),
+        "resumed": sum(each.resumed for each in stats),
     }

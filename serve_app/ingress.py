@@ -26,8 +26,6 @@ from serve_app.middleware import LastResort
 from serve_app.schemas import ChatRequest, CompletionRequest, GenerationRequest, choice_seed
 from serve_app.streaming import Envelope, EventStream, frames
 
-STATUS_SECONDS = 5.0
-
 app = FastAPI(title="TriServe", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
 app.add_middleware(LastResort)
 
@@ -77,7 +75,9 @@ class Ingress:
         self._config = config
         self._model = config.model_name
         self._tokenizer = Tokenizer(local_folder(config.engine.checkpoint, weights=False))
-        self._engine = EngineClient(engine, STATUS_SECONDS)
+        self._engine = EngineClient(engine, config.serve.heartbeat_seconds, config.serve.start_seconds)
+        self._open = 0  # completions being answered
+        self._draining = False
         self._started = int(time.time())
         self._context = 0  # tokens; 0 until an engine has said it
 
@@ -88,11 +88,19 @@ class Ingress:
 
     @app.get("/ready")
     async def ready(self) -> dict[str, Any]:
-        """An engine is loaded; otherwise 503. Tells how busy the engines are."""
+        """An engine takes requests and makes steps; otherwise 503. Tells how busy the engines are."""
+        if self._draining:
+            raise ApiError("the server is about to stop", status=503, code="draining")
         replicas = await self._engine.status()
-        if all(replica["error"] for replica in replicas):
-            raise ApiError(str(replicas[0]["error"]), status=503, code="engine_unavailable")
+        if not any(map(self._engine.serving, replicas)):
+            why = replicas[0]["error"] or "no engine replica makes steps and takes requests"
+            raise ApiError(why, status=503, code="engine_unavailable")
         return {"status": "ready", "replicas": replicas}
+
+    async def drain(self) -> int:
+        """Takes no more completions; returns how many are still being answered."""
+        self._draining = True
+        return self._open
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -150,7 +158,11 @@ class Ingress:
         headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
         server = self._config.server
         interval = server.stream_interval_seconds if body.stream else server.whole_interval_seconds
+        if self._draining:
+            raise ApiError("the server is about to stop", status=503, code="draining")
         generation = Generation(self._engine, answers, interval)
+        self._open += 1
+        generation.on_close(self._close)
         try:
             if body.stream:
                 await generation.settle(server.keep_alive_seconds)
@@ -161,10 +173,14 @@ class Ingress:
             async for _ in generation.events(None):
                 pass
             usage = generation.usage(prompt_tokens)
+            generation.close()
             return JSONResponse(envelope.whole(generation, usage), headers=headers)
         except BaseException:
             generation.close()
             raise
+
+    def _close(self) -> None:
+        self._open -= 1
 
     async def _answers(
         self, response_id: str, body: GenerationRequest, prompts: Sequence[Sequence[int]], param: str

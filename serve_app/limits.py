@@ -47,9 +47,19 @@ CONFIG: dict[str, tuple[float, float]] = {
     "serve.max_ongoing_requests": (1, 10**6),
     "serve.max_queued_requests": (1, 10**6),
     "serve.health_check_seconds": (0.1, 600),
+    "serve.heartbeat_seconds": (0.5, 600),
     "serve.stuck_seconds": (1, 24 * 3600),
     "serve.start_seconds": (1, 24 * 3600),
     "serve.drain_seconds": (0, 24 * 3600),
     "serve.stats_port": (1, 65535),
     "serve.metrics_port": (1, 65535),
+}
+
+# `triserve plan`: (least, most) of an option. As many one-GPU replicas as this allows are as many as may be configured.
+PLAN = {
+    "nodes": (1, 128),
+    "gpus-per-node": (1, 8),
+    "tp": (1, 64),
+    "context": (1, 2**24),
+    "max-running": (1, 4096),
 }

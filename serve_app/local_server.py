@@ -23,6 +23,7 @@ from engine.tokenizer import Tokenizer
 from serve_app.config import AppConfig, logging_config, ray_environment
 
 POLL_SECONDS = 0.1
+DRAIN_ANSWER_SECONDS = 10.0  # that an ingress may take to say what it has left
 RAY_LOGS = "/tmp/ray/session_latest/logs"
 OBJECT_STORE_BYTES = 80 * 2**20  # requests and answers travel by gRPC; Ray insists on some 75 MB
 ERROR_LINE = re.compile(r"^[\w.]*(?:Error|Exception)\b(?::|$)", re.MULTILINE)
@@ -70,6 +71,23 @@ class LocalServer:
             if isinstance(error, StartError) or not isinstance(error, Exception):
                 raise
             raise StartError(f"{type(error).__name__}: {error}\nRay's logs: {RAY_LOGS}") from error
+
+    def drain(self) -> int:
+        """Lets the ingress take no more completions, and waits for those that it has, `serve.drain_seconds` at most.
+        Returns how many are left."""
+        from ray import serve
+
+        from serve_app.app import NAME
+
+        handle = serve.get_app_handle(NAME)
+        # this process has no event loop of its own, which Serve expects in its one-loop mode
+        handle._init(_run_router_in_separate_loop=True)  # type: ignore[no-untyped-call]
+        deadline = time.monotonic() + self.config.serve.drain_seconds
+        while True:
+            left: int = sum(handle.broadcast("drain").results(timeout_s=DRAIN_ANSWER_SECONDS))
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
         """Ends every process that `start` started."""

@@ -24,7 +24,10 @@ class Interrupted(BaseException):
 
 
 def supervise(work: Callable[[], int]) -> int:
-    """The exit status of `work`, or 0 if a signal ends it. Returns when no process that it started is left."""
+    """The exit status of `work`, or 0 if a signal ends it. Returns when no process that it started is left.
+
+    The first SIGTERM is passed on, for `work` to end in order; a second one, and any other signal, ends it at once.
+    """
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become our children
     sys.stdout.flush()
     child = os.fork()
@@ -32,8 +35,19 @@ def supervise(work: Callable[[], int]) -> int:
         _be_the_child(work)
     for number in SIGNALS:
         signal.signal(number, _interrupt)
+    terminated = False
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        if terminated:
+            raise Interrupted
+        terminated = True
+        os.kill(child, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return 0 if terminated else status
     except Interrupted:
         return 0
     finally:
@@ -69,6 +83,8 @@ def _be_the_child(work: Callable[[], int]) -> NoReturn:
     status = 1
     try:
         status = work()
+    except SystemExit:  # a signal, before `work` has a handler for it
+        pass
     except BaseException:
         traceback.print_exc()
     finally:

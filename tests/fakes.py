@@ -17,8 +17,8 @@ from engine.model import Model
 from engine.output import StepOutput
 from engine.request import Delta, Request
 from engine.segment import Pattern
+from engine.shapes import expected_shapes
 from engine.step import BLOCK, PATTERN, ROW, Step
-from engine.weights import expected_shapes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where the Triton kernels are tested
 torch.set_num_threads(1)  # more threads than idle cores only wait for each other

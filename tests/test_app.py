@@ -27,8 +27,9 @@ from engine.config import MODES, DiffusionParams, EngineConfig, ModelConfig, Sam
 from engine.request import DecodeStats, Delta, EngineError, Request
 from engine.tokenizer import Tokenizer
 from serve_app.answer import Answer
+from serve_app.chunk import Chunk
 from serve_app.engine_client import EngineClient
-from serve_app.engine_replica import Chunk, EngineReplica, Progress, pack, unpack
+from serve_app.engine_replica import EngineReplica, pack, unpack
 from serve_app.generation import Generation
 from serve_app.schemas import ChatRequest
 from serve_app.streaming import DONE, KEEP_ALIVE, Envelope, frames
@@ -490,6 +491,7 @@ class FakeLoop:
     ) -> None:
         self.deltas, self.failure, self.error = deltas, failure, error
         self.closed = False
+        self.since_step = 0.0
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         try:
@@ -502,13 +504,19 @@ class FakeLoop:
             self.closed = True
 
     def status(self) -> Any:
-        return SimpleNamespace(error=self.error, steps=0, running=1)
+        return SimpleNamespace(error=self.error)
+
+    def running(self, request_id: str) -> bool:
+        return bool(self.deltas)
+
+    def stalled(self) -> float:
+        return self.since_step
 
 
 def replica_of(loop: FakeLoop) -> EngineReplica:
     replica = EngineReplica.__new__(EngineReplica)
     replica._engine = cast(Any, loop)
-    replica._progress = Progress(60)
+    replica._heartbeat, replica._patience, replica._streams = 0.4, 60.0, 0
     return replica
 
 
@@ -518,16 +526,18 @@ async def test_deltas_that_wait_for_the_reader_are_joined() -> None:
     chunks = []
     async for chunk in replica_of(loop).stream(pack(Request("r", (1,))), 0.01):
         chunks.append(chunk)
-        if chunk[1] is not None:
+        if chunk.finish_reason is not None:
             break
-    assert [token for chunk in chunks for token in chunk[0]] == [1, 2, 3, 4]
-    assert len(chunks) == 1
-    assert chunks[-1][1] == "stop" and chunks[-1][2] is not None and chunks[-1][2]["forwards"] == 3
+    assert [token for chunk in chunks for token in chunk.token_ids] == [1, 2, 3, 4]
+    accepted, answer = chunks
+    assert accepted == Chunk()
+    assert answer.finish_reason == "stop" and answer.stats is not None and answer.stats["forwards"] == 3
 
 
 async def test_leaving_a_replicas_stream_ends_the_engines() -> None:
     loop = FakeLoop([Delta((1,))])
     stream = replica_of(loop).stream(pack(Request("r", (1,))), 0.01)
+    await anext(stream)
     await anext(stream)
     assert not loop.closed
     await stream.aclose()
@@ -535,11 +545,33 @@ async def test_leaving_a_replicas_stream_ends_the_engines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "reason"), [(ValueError("prompt: bad"), "refused"), (EngineError("dead"), "error")]
+    ("failure", "last"),
+    [
+        (ValueError("prompt: bad"), Chunk(finish_reason="refused", error="prompt: bad")),
+        (EngineError("dead"), Chunk(finish_reason="error", error="dead", running=True)),
+    ],
 )
-async def test_no_exception_of_the_engine_crosses_to_the_ingress(failure: Exception, reason: str) -> None:
+async def test_no_exception_of_the_engine_crosses_to_the_ingress(
+    failure: Exception, last: Chunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr("serve_app.engine_replica.FAILED_SECONDS", 0.0)
     stream = replica_of(FakeLoop([Delta((1,))], failure)).stream(pack(Request("r", (1,))), 0.01)
-    assert [chunk async for chunk in stream] == [([1], None, None, None), ([], reason, None, str(failure))]
+    assert [chunk async for chunk in stream] == [Chunk(), Chunk([1], running=True), last]
+    await asyncio.sleep(0.01)
+    assert ended == ([1] if last.finish_reason == "error" else [])  # nothing more comes from such a process
+
+
+async def test_a_silent_stream_gives_signs_of_life_while_the_engine_makes_steps() -> None:
+    loop = FakeLoop([Delta((1,))])
+    stream = replica_of(loop).stream(pack(Request("r", (1,))), 0.01)
+    assert [await anext(stream) for _ in range(4)] == [Chunk(), Chunk([1], running=True)] + 2 * [
+        Chunk(running=True)
+    ]
+    loop.since_step = 1.0
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(anext(stream), 0.5)
 
 
 async def test_a_replica_with_a_dead_engine_is_unhealthy() -> None:
@@ -548,14 +580,13 @@ async def test_a_replica_with_a_dead_engine_is_unhealthy() -> None:
         await replica_of(FakeLoop([], error="out of memory")).check_health()
 
 
-def test_an_engine_is_stuck_when_it_has_work_and_makes_no_step() -> None:
-    progress = Progress(10)
-    assert not progress.stuck(1, busy=True, now=100)
-    assert not progress.stuck(1, busy=True, now=110)
-    assert progress.stuck(1, busy=True, now=111)
-    assert not progress.stuck(2, busy=True, now=112)
-    assert not progress.stuck(2, busy=False, now=200)
-    assert not progress.stuck(2, busy=True, now=205)
+async def test_a_replica_whose_engine_makes_no_step_is_unhealthy() -> None:
+    loop = FakeLoop([])
+    loop.since_step = 59.0
+    await replica_of(loop).check_health()
+    loop.since_step = 61.0
+    with pytest.raises(RuntimeError, match="no step"):
+        await replica_of(loop).check_health()
 
 
 def test_a_request_survives_packing() -> None:
@@ -585,7 +616,7 @@ class ScriptedEngine(EngineClient):
                     await asyncio.wait_for(self.abortion.wait(), item)
                 except TimeoutError:
                     continue
-                yield [], "abort", dataclasses.asdict(DecodeStats(("ar",), 3, 3)), None
+                yield Chunk(finish_reason="abort", stats=dataclasses.asdict(DecodeStats(("ar",), 3, 3)))
                 return
             yield item
 
@@ -605,13 +636,13 @@ async def framed(run: Generation) -> list[bytes]:
 
 
 async def test_silence_is_filled_with_comments() -> None:
-    run, _ = generation([0.2, (TOKENIZER.encode("a"), "stop", None, None)])
+    run, _ = generation([0.2, Chunk(TOKENIZER.encode("a"), "stop")])
     sent = await framed(run)
     assert KEEP_ALIVE in sent and sent[-1] == DONE
 
 
 async def test_a_failure_within_a_stream_is_an_error_event() -> None:
-    run, engine = generation([(TOKENIZER.encode("a"), None, None, None), ([], "error", None, "it broke")])
+    run, engine = generation([Chunk(TOKENIZER.encode("a")), Chunk(finish_reason="error", error="it broke")])
     *_, failure, done = await framed(run)
     assert json.loads(failure.removeprefix(b"data: "))["error"] == {
         "message": "it broke",
@@ -623,7 +654,7 @@ async def test_a_failure_within_a_stream_is_an_error_event() -> None:
 
 
 async def test_a_stop_string_aborts_what_still_runs() -> None:
-    run, engine = generation([(TOKENIZER.encode("one two three"), None, None, None), 60.0], stops=("two",))
+    run, engine = generation([Chunk(TOKENIZER.encode("one two three")), 60.0], stops=("two",))
     assert [(event.text, event.finish_reason) async for event in run.events(None) if event] == [
         ("one ", "stop")
     ]
@@ -647,7 +678,7 @@ async def test_an_answer_cut_by_a_stop_string_does_not_wait_for_an_engine_that_h
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("serve_app.generation.STATISTICS_SECONDS", 0.05)
-    run, engine = generation([(TOKENIZER.encode("one two three"), None, None, None), 60.0], stops=("two",))
+    run, engine = generation([Chunk(TOKENIZER.encode("one two three")), 60.0], stops=("two",))
     monkeypatch.setattr(engine, "abort", lambda request_id: None)
     async with asyncio.timeout(5):
         assert [(event.text, event.finish_reason) async for event in run.events(None) if event] == [

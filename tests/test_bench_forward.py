@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perf.bench_forward import SCALES, Bench, e1, e2, f1, main
+from perf.bench_forward import SCALES, SUITES, Bench, e1, e2, f1, main
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
 
 
 def test_every_suite_has_figures(report: list[dict[str, object]]) -> None:
-    assert {row["suite"] for row in report} == {"F1", "F2", "E1", "E2", "E3"}
+    assert {row["suite"] for row in report} == set(SUITES)
     assert all(isinstance(row["value"], float | int) and row["value"] >= 0 for row in report)
 
 

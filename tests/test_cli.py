@@ -1,5 +1,6 @@
 """The `triserve` command as a process: what it prints, what it refuses, what it leaves behind."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import ServerProcess, free_port
@@ -176,7 +178,7 @@ def test_the_doctor_names_each_problem(
 
 
 def test_the_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["serve", "--help"]):
+    for arguments in (["--help"], ["serve", "--help"], ["plan", "--help"]):
         with pytest.raises(SystemExit):
             main(arguments)
         assert len(capsys.readouterr().out.splitlines()) <= 24
@@ -246,3 +248,58 @@ def test_the_doctor_counts_the_cache(capsys: pytest.CaptureFixture[str], tmp_pat
     file.write_text("engine: {kv_tokens: 1000000000}")
     assert main(["doctor", "--config", str(file), "--port", str(free_port())]) == 1
     assert "GiB are wanted" in capsys.readouterr().out
+
+
+def test_a_plan_is_a_configuration_with_its_reasons_in_comments(capsys: pytest.CaptureFixture[str]) -> None:
+    model = "nvidia/Nemotron-Labs-Diffusion-14B"
+    arguments = ["plan", "--model", model, "--gpu", "gb200", "--nodes", "18"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    settings = yaml.safe_load(text)
+    assert settings["replicas"] == 72 and settings["engine"]["tensor_parallel"] == 1
+    assert "PREDICTED, not measured" in text and max(map(len, text.splitlines())) <= 120
+    for mode in ("ar", "linear_spec", "quadratic_spec", "diffusion"):
+        assert re.search(rf"^#   {mode} .*\d", text, re.M)
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"] == settings
+    documented = (Path(__file__).parent.parent / "docs" / "topology.md").read_text()
+    assert text in documented
+
+
+def test_a_plan_reads_the_geometry_of_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plan", "--model", str(FOLDER), "--gpu", "h100", "--context", "512"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["engine"]["checkpoint"] == str(FOLDER)
+    assert main(["plan", "--model", str(tmp_path), "--gpu", "h100"]) == 1
+    assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (["--model", "x", "--gpu", "a100"], 2, "invalid choice: 'a100' (choose from "),
+        (
+            ["--model", "x", "--gpu", "h100", "--nodes", "0"],
+            2,
+            "must be a whole number between 1 and 128, not 0",
+        ),
+        (["--model", "x", "--gpu", "h100", "--context", "-1"], 2, "must be a whole number between 1 and"),
+        (
+            ["--model", "nvidia/x", "--gpu", "h100"],
+            1,
+            "neither a folder nor one of nvidia/Nemotron-Labs-Diffusion-3B",
+        ),
+        (
+            ["--model", "nvidia/Nemotron-Labs-Diffusion-14B", "--gpu", "h100", "--gpus-per-node", "1"],
+            1,
+            "2 GPUs in one NVLink domain would do",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_be_is_told(
+    arguments: list[str], status: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        found = main(["plan", *arguments])
+    except SystemExit as error:
+        found = int(str(error.code))
+    assert found == status and sentence in capsys.readouterr().err

@@ -3,6 +3,8 @@
 `perf/gpu_suite.sh` runs these. Two layers of the 14B stand for forty where depth does not matter.
 """
 
+import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from engine.config import EngineConfig, ModeName, SamplingParams
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.layers import rope_table
+from engine.loop import EngineLoop
 from engine.model import Model
 from engine.request import Request
 from engine.runner import Runner, load_model
@@ -26,7 +29,7 @@ from kernels.attention import Ragged, plan_attention, plan_attention_reference, 
 from kernels.attention import ragged_attention_reference as attention_in_torch
 from kernels.rope import rope_and_store, rope_and_store_reference
 from perf.bench_forward import Listening
-from perf.geometry import geometry, write_config
+from perf.geometry import geometry, raw_config, write_config
 from perf.steps import denoise_step, draft_step, occupy, rewind, verify_step
 
 pytestmark = [
@@ -139,6 +142,40 @@ def test_the_captured_draft_has_the_adapter(model: Model) -> None:
     assert torch.equal(held[True, True], held[False, True])
     assert torch.equal(held[True, False], held[False, False])
     assert not torch.equal(held[True, True], held[True, False])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_server_checks_its_kernels_captures_its_graphs_and_answers(tmp_path: Path, exact: bool) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw_config(SIZE) | {"num_hidden_layers": 2}))
+    config = EngineConfig(
+        checkpoint=str(tmp_path),
+        load_format="dummy",
+        device=DEVICE.type,
+        dtype="bfloat16",
+        page_size=PAGE,
+        kv_tokens=2**16,
+        max_model_len=4096,
+        exact=exact,
+        lag=1,
+    )
+    loop = EngineLoop(config)
+
+    async def answer(mode: ModeName) -> list[int]:
+        sampling = SamplingParams(temperature=0.7, top_p=0.9, seed=5, max_tokens=70, ignore_eos=True)
+        request = Request(mode, tuple(range(200, 300)), sampling, mode)
+        return [token async for delta in loop.stream(request) for token in delta.token_ids]
+
+    async def answers() -> list[list[int]]:
+        return await asyncio.gather(*map(answer, ("ar", "linear_spec", "quadratic_spec", "diffusion")))  # type: ignore[arg-type]
+
+    try:
+        said = asyncio.run(answers())
+        assert loop.status().error is None
+    finally:
+        loop.close()
+    assert [len(tokens) for tokens in said] == [70] * 4
+    if exact:
+        assert said[0] == said[1] == said[2]
 
 
 @pytest.mark.parametrize("context", LONG)

@@ -1,13 +1,17 @@
 """The engine in its thread, as the server uses it."""
 
 import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from engine.config import EngineConfig, SamplingParams
+from engine.config import MODES, DiffusionParams, EngineConfig, ModeName, SamplingParams
 from engine.loop import EngineLoop
-from engine.request import DecodeStats, EngineError, Request
+from engine.request import DecodeStats, Delta, EngineError, Request
 from fakes import TOY, write_checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
@@ -108,4 +112,88 @@ async def test_a_mode_can_be_switched_while_tokens_stream(config: EngineConfig) 
         stats = delta.stats
     assert stats is not None and stats.modes == ("ar", "quadratic_spec")
     assert tokens == (await answer(loop, request))[0]
+    loop.close()
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not what():
+            await asyncio.sleep(0.001)
+
+
+def asked(name: str, mode: ModeName = "ar", **fields: Any) -> Request:
+    sampling = SamplingParams(0.8, seed=5, max_tokens=200, ignore_eos=True)
+    return Request(name, (5, 6), sampling, mode, DiffusionParams(0.9), **fields)
+
+
+async def test_a_request_on_probation_runs_alone_and_says_so_first(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = EngineLoop(config)
+    step, together = loop.engine.step, []
+
+    def watched() -> dict[str, Delta]:
+        deltas = step()
+        together.append({sequence.request.id for sequence in loop.engine.scheduler.running})
+        return deltas
+
+    monkeypatch.setattr(loop.engine, "step", watched)
+    others: list[asyncio.Task[Any]] = [asyncio.create_task(answer(loop, asked(name))) for name in ("a", "b")]
+    await until(lambda: loop.running("a") and loop.running("b"))
+    deltas: list[Delta] = []
+
+    async def follow() -> None:
+        async for delta in loop.stream(asked("alone", alone=True)):
+            deltas.append(delta)
+
+    others += [asyncio.create_task(follow()), asyncio.create_task(answer(loop, asked("c")))]
+    await asyncio.gather(*others)
+    loop.close()
+    assert {"a", "b"} in together and {"alone"} in together and {"c"} in together
+    assert all(running == {"alone"} for running in together if "alone" in running)
+    assert deltas[0] == Delta(()) and len([d for delta in deltas for d in delta.token_ids]) == 200
+
+
+async def test_an_engine_that_hands_over_ends_every_stream_at_a_seam_and_frees_all_pages(
+    config: EngineConfig,
+) -> None:
+    loop, other = EngineLoop(config), EngineLoop(config)
+    requests = [asked(mode, cast(ModeName, mode)) for mode in MODES]
+    streams = [asyncio.create_task(answer(loop, request)) for request in requests]
+
+    def all_begun() -> bool:
+        sequences = list(loop.engine.sequences.values())
+        return len(sequences) == len(requests) and all(s.num_generated > 0 for s in sequences)
+
+    await until(all_begun)
+    loop.hand_over()
+    begun = [tokens for tokens, _ in await asyncio.gather(*streams)]
+    assert await settled(loop)
+    assert (await answer(loop, asked("late")))[0] == []
+    for request, tokens in zip(requests, begun, strict=True):
+        whole, _ = await answer(other, request)
+        assert 0 < len(tokens) < 200
+        rest, _ = await answer(other, replace(request, generated=tuple(tokens)))
+        assert tokens + rest == whole
+    loop.close()
+    other.close()
+
+
+async def test_a_thread_that_stays_inside_a_step_is_stalled(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = EngineLoop(config)
+    assert loop.stalled() == 0
+    step, release = loop.engine.step, threading.Event()
+
+    def hang() -> dict[str, Delta]:
+        release.wait()
+        return step()
+
+    monkeypatch.setattr(loop.engine, "step", hang)
+    task = asyncio.create_task(answer(loop, asked("r")))
+    await until(lambda: loop.stalled() > 0.2)
+    release.set()
+    await task
+    await until(lambda: loop.stalled() == 0)
     loop.close()

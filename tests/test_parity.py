@@ -16,6 +16,7 @@ from transformers.models.ministral3.modeling_ministral3 import (
     get_llama_4_attn_scale,
 )
 
+from cluster.published import FOLDER
 from engine.config import EngineConfig, ModelConfig, RopeConfig
 from engine.executor import LocalExecutor
 from engine.layers import inverse_frequencies, rope_table
@@ -31,7 +32,7 @@ from perf.bench_engine import GEOMETRY, HuggingFace
 
 TOLERANCE = 1e-5  # of logits with a standard deviation of about one
 WINDOWS = 6  # how many original windows the positions run through
-PUBLISHED = sorted((Path(__file__).parent.parent / "perf" / "data").glob("nld_*_config.json"))
+PUBLISHED = sorted(FOLDER.glob("nld_*_config.json"))
 
 
 def geometry(

@@ -88,7 +88,7 @@ def code_in(markdown: str) -> list[str]:
     return re.findall(r"```.*?```|`[^`\n]+`", markdown, re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/walk.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/walk.md", "docs/topology.md"])
 def test_every_documented_file_and_name_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     folders = "|".join((*SHIPPED, "perf", "tests", "docs", "k8s"))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from engine.batch import Layout, unpack_layout
@@ -17,6 +18,10 @@ from kernels.backend import implementation, on_triton
 from kernels.norm import add_rms_norm
 
 Norm = Callable[..., tuple[Tensor, Tensor]]
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="the toy's heads and pages are too small for a GPU; tests/test_gpu.py has its own",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -14,22 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import oracle
+from cluster.published import FOLDER
 from engine.config import CheckpointError, EngineConfig, ModelConfig
 from engine.fp8 import dequantise
 from engine.runner import load_model
-from engine.weights import (
-    INDEX,
-    SINGLE,
-    adapter_shapes,
-    contents,
-    dummy_weights,
-    expected_shapes,
-    load_weights,
-)
+from engine.shapes import adapter_shapes, expected_shapes
+from engine.weights import INDEX, SINGLE, contents, dummy_weights, load_weights
 from fakes import DEVICE, TOY, random_weights, write_checkpoint
 
-ROOT = Path(__file__).parent.parent
-FIXTURES = ROOT / "tests" / "fixtures"
+FIXTURES = Path(__file__).parent / "fixtures"
 CPU = torch.device("cpu")
 
 
@@ -248,7 +241,7 @@ def sparse_file(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> tuple[
 @pytest.mark.parametrize("size", ["3b", "8b", "14b"])
 def test_the_headers_of_the_published_checkpoints_pass(tmp_path: Path, size: str) -> None:
     facts = published(size)
-    config_file = ROOT / "perf" / "data" / f"nld_{size}_config.json"
+    config_file = FOLDER / f"nld_{size}_config.json"
     shutil.copy(config_file, tmp_path / "config.json")
     config = ModelConfig.from_json(config_file)
     base = {name: ("BF16", list(shape)) for name, shape in expected_shapes(config).items()}

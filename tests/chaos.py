@@ -68,12 +68,12 @@ class Victim:
     ingresses: int
 
 
-def chaos_config(port: int, **engine: Any) -> AppConfig:
-    """Two engines and two ingresses; detections as fast as they are by default. Short blocks, which cost a CPU less."""
+def chaos_config(port: int, heartbeat: float, **engine: Any) -> AppConfig:
+    """Two engines, with short blocks, which cost a CPU less, and two ingresses."""
     return AppConfig(
         engine=EngineConfig(**{"block_length": 8, "quadratic_block_length": 4, **engine}),
         server=ServerConfig(port=port, ingress_replicas=2, stream_interval_seconds=0.05),
-        serve=ServeConfig(start_seconds=120, drain_seconds=30),
+        serve=ServeConfig(heartbeat_seconds=heartbeat, start_seconds=120, drain_seconds=30),
         replicas=2,
     )
 
@@ -162,12 +162,12 @@ class ChaosCluster(ServerProcess):
                 found[pid] = Process(pid, int(parent), state, command)
         return found
 
-    def below(self, pid: int) -> Iterator[int]:
+    def subtree(self, pid: int) -> Iterator[int]:
         """A process and all that it has started."""
         yield pid
         for process in self.alive().values():
             if process.parent == pid:
-                yield from self.below(process.pid)
+                yield from self.subtree(process.pid)
 
     def pids(self, role: str) -> list[int]:
         pattern = PATTERNS[role]
@@ -190,7 +190,7 @@ class ChaosCluster(ServerProcess):
             return load.get(serving[pid]["id"], 0) if pid in serving else 0
 
         chosen = max(self.pids(role), key=busy)
-        pids = frozenset(self.below(chosen) if role == "node" else (chosen,))
+        pids = frozenset(self.subtree(chosen) if role == "node" else (chosen,))
         for pid in pids:
             os.kill(pid, number)
         hit = [serving[pid] for pid in pids if pid in serving]
@@ -563,8 +563,8 @@ HEADER = (
 
 def row(outcome: Outcome) -> str:
     cells = (
-        outcome.fault, outcome.shape, outcome.in_flight, outcome.on_victim, outcome.resumed, outcome.lost, outcome.wrong,
-        outcome.sockets, outcome.added_p95, outcome.longest_gap, outcome.whole_after or "never",
+        outcome.fault, outcome.shape, outcome.in_flight, outcome.on_victim, outcome.resumed, outcome.lost,
+        outcome.wrong, outcome.sockets, outcome.added_p95, outcome.longest_gap, outcome.whole_after or "never",
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -575,17 +575,19 @@ def main() -> int:
     parser.add_argument("--fault", choices=FAULTS, action="append", help="only this one; may be repeated")
     parser.add_argument("--in-flight", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=200, help="of each answer")
+    parser.add_argument("--heartbeat", type=float, default=5.0, help="serve.heartbeat_seconds")
     parser.add_argument("--output", type=Path, help="where the outcomes are written as JSON")
     options = parser.parse_args()
     print("| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|", sep="\n", flush=True)
     outcomes: list[Outcome] = []
     for shape in options.shape or SHAPES:
-        config = chaos_config(free_port(), **SHAPES[shape])
+        config = chaos_config(free_port(), options.heartbeat, **SHAPES[shape])
         faults = [fault for fault in FAULTS.values() if fault.name in (options.fault or FAULTS)]
         with ChaosCluster(config, shape=shape) as cluster:
             outcomes += asyncio.run(series(cluster, faults, options.in_flight, options.tokens))
         report = {
             "machine": machine() | {"ray": version("ray")},
+            "heartbeat_seconds": options.heartbeat,
             "load": {"in_flight": options.in_flight, "tokens": options.tokens, "modes": MODES},
             "in_flight": sum(outcome.in_flight for outcome in outcomes),
             "lost": sum(outcome.lost for outcome in outcomes),

@@ -59,7 +59,7 @@ class ClusterServer(LocalServer):
         client = _get_global_client()
         details = {} if client is None else client.get_serve_details()
         return [
-            {"role": role, "id": replica["replica_id"], "pid": replica["pid"], "state": replica["state"]}
+            {"role": role, "id": replica["replica_id"], "pid": replica.get("pid"), "state": replica["state"]}
             for application in details.get("applications", {}).values()
             for role, deployment in application["deployments"].items()
             for replica in deployment["replicas"]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(240)  # a busy machine is slow, not wrong
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ChaosCluster]:
-    with ChaosCluster(chaos_config(free_port())) as running:
+    with ChaosCluster(chaos_config(free_port(), heartbeat=3.0)) as running:
         yield running
 
 
@@ -51,6 +51,12 @@ def test_a_killed_controller_costs_no_token(cluster: ChaosCluster, reference: Re
 
 def test_a_killed_ingress_costs_its_own_connections_only(cluster: ChaosCluster, reference: Reference) -> None:
     assert 0 < inflict(cluster, reference, "ingress killed").sockets < IN_FLIGHT
+
+
+def test_a_hung_engine_costs_no_token(cluster: ChaosCluster, reference: Reference) -> None:
+    """It goes on when the others have answered for it, and does no harm then."""
+    outcome = inflict(cluster, reference, "engine hung")
+    assert outcome.on_victim and not outcome.sockets
 
 
 def test_a_lost_node_costs_no_token(cluster: ChaosCluster, reference: Reference) -> None:

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +30,8 @@ from typing import Any, Literal
 import httpx
 
 from conftest import MARK, ServerProcess, free_port
-from engine.config import EngineConfig
 from perf.timing import machine, write_report
-from serve_app.config import AppConfig, ServeConfig, ServerConfig
+from serve_app.config import AppConfig
 
 ROOT = Path(__file__).parent.parent
 HOST = Path(__file__).with_name("chaos_host.py")
@@ -45,7 +45,7 @@ PROMPTS = (
     "Sort these words: pear, apple,",
     "Q: What is 41 + 17? A:",
 )
-Role = Literal["engine", "ingress", "controller", "node"]
+Role = Literal["engine", "rank", "draft", "ingress", "controller", "node"]
 
 
 # --- the cluster ---------------------------------------------------------------------------------------------------
@@ -68,24 +68,48 @@ class Victim:
     ingresses: int
 
 
-def chaos_config(port: int, heartbeat: float, **engine: Any) -> AppConfig:
-    """Two engines, with short blocks, which cost a CPU less, and two ingresses."""
-    return AppConfig(
-        engine=EngineConfig(**{"block_length": 8, "quadratic_block_length": 4, **engine}),
-        server=ServerConfig(port=port, ingress_replicas=2, stream_interval_seconds=0.05),
-        serve=ServeConfig(heartbeat_seconds=heartbeat, start_seconds=120, drain_seconds=30),
-        replicas=2,
-    )
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A way to run the server: two engines behind two ingresses, and for a staged one two drafters."""
+
+    tensor_parallel: int = 1
+    staged: bool = False
+
+    def __str__(self) -> str:
+        return f"{'staged' if self.staged else 'colocated'}, TP {self.tensor_parallel}"
+
+    @property
+    def cpus(self) -> int:
+        """What half of it takes, so that a node has room for just that: one for each replica, half a one for each of
+        several ranks."""
+        ranks = self.tensor_parallel if self.tensor_parallel > 1 else 0
+        return 1 + self.staged + ranks // 2
+
+    def config(self, port: int, heartbeat: float) -> AppConfig:
+        """Short blocks, which cost a CPU less. heartbeat: seconds of silence after which an engine counts as hung."""
+        raw: dict[str, Any] = {
+            "engine": {"block_length": 8, "quadratic_block_length": 4},
+            "server": {"port": port, "ingress_replicas": 2, "stream_interval_seconds": 0.05},
+            "serve": {"heartbeat_seconds": heartbeat, "start_seconds": 120, "drain_seconds": 30},
+            "replicas": 2,
+        }
+        if self.tensor_parallel > 1:
+            raw["engine"]["tensor_parallel"] = self.tensor_parallel
+        if self.staged:
+            raw |= {"topology": "staged", "draft": {"replicas": 2, "engine": {"tensor_parallel": 1}}}
+        return AppConfig.model_validate(raw)
+
+
+SHAPES = {str(shape): shape for shape in (Shape(),)}
 
 
 class ChaosCluster(ServerProcess):
-    """A server on two Ray nodes of this machine, an engine on each. `cpus` per node leave room for just that."""
+    """A server on two Ray nodes of this machine, half of it on each."""
 
-    def __init__(self, config: AppConfig, shape: str = "", cpus: int = 1) -> None:
-        super().__init__(config.server.port)
+    def __init__(self, shape: Shape, heartbeat: float) -> None:
+        super().__init__(free_port())
         self.shape = shape
-        self.config = config
-        self.cpus = cpus
+        self.config = shape.config(self.port, heartbeat)
         self.expected: dict[str, int] = {}  # replicas by role, once started
         self._asking = threading.Lock()
         self._complaints = tempfile.TemporaryFile("w+")  # Ray has much to say about what is done to it here
@@ -113,7 +137,7 @@ class ChaosCluster(ServerProcess):
             "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
         }
         self.process = subprocess.Popen(
-            [sys.executable, str(HOST), self.config.model_dump_json(), json.dumps([self.cpus] * 2)],
+            [sys.executable, str(HOST), self.config.model_dump_json(), json.dumps([self.shape.cpus] * 2)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
@@ -192,7 +216,8 @@ class ChaosCluster(ServerProcess):
         chosen = max(self.pids(role), key=busy)
         pids = frozenset(self.subtree(chosen) if role == "node" else (chosen,))
         for pid in pids:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
         hit = [serving[pid] for pid in pids if pid in serving]
         return Victim(
             pids,
@@ -231,6 +256,8 @@ class ChaosCluster(ServerProcess):
 
 PATTERNS = {
     "engine": r"^ray::ServeReplica:triserve:engine",
+    "rank": r"^ray::RankWorker",
+    "draft": r"^ray::ServeReplica:triserve:draft",
     "ingress": r"^ray::ServeReplica:triserve:ingress",
     "controller": r"^ray::ServeController",
     "node": r"/raylet/raylet (?!.*--head)",
@@ -427,20 +454,32 @@ async def reference(cluster: ChaosCluster, asked: Sequence[Question], in_flight:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    name: str
+    """A signal to a process of some role; in a staged server the engines are the verifiers."""
+
     role: Role
     number: signal.Signals
 
+    def __str__(self) -> str:
+        how = {signal.SIGKILL: "killed", signal.SIGSTOP: "hung", signal.SIGTERM: "terminated"}
+        return f"{self.role} {how[self.number]}"
+
+    def applies(self, shape: Shape) -> bool:
+        return {"rank": shape.tensor_parallel > 1, "draft": shape.staged}.get(self.role, True)
+
 
 FAULTS = {
-    fault.name: fault
+    str(fault): fault
     for fault in (
-        Fault("engine killed", "engine", signal.SIGKILL),
-        Fault("engine hung", "engine", signal.SIGSTOP),
-        Fault("engine terminated", "engine", signal.SIGTERM),
-        Fault("controller killed", "controller", signal.SIGKILL),
-        Fault("ingress killed", "ingress", signal.SIGKILL),
-        Fault("node gone", "node", signal.SIGKILL),
+        Fault("engine", signal.SIGKILL),
+        Fault("engine", signal.SIGTERM),
+        Fault("engine", signal.SIGSTOP),
+        Fault("rank", signal.SIGKILL),
+        Fault("rank", signal.SIGSTOP),
+        Fault("draft", signal.SIGKILL),
+        Fault("draft", signal.SIGSTOP),
+        Fault("controller", signal.SIGKILL),
+        Fault("ingress", signal.SIGKILL),
+        Fault("node", signal.SIGKILL),
     )
 }
 
@@ -485,6 +524,7 @@ async def trial(
     records = await run
     whole_at = await recovery if recovery is not None else None
     cluster.resume()
+    gone = before.keys() - (await asyncio.to_thread(cluster.ready)).keys()
 
     lost = [record for record in records if record.error and not (record.cut and victim.ingresses)]
     cut = [record for record in records if record.cut and victim.ingresses]
@@ -493,12 +533,13 @@ async def trial(
     added = [record.seconds - expected.records[record.number].seconds for record in answered]
     late = [f"cut, although sent after the fault: {r.error}" for r in cut if r.sent > struck]
     return Outcome(
-        fault=fault.name,
-        shape=cluster.shape,
+        fault=str(fault),
+        shape=str(cluster.shape),
         requests=len(records),
         in_flight=len(hit),
         on_victim=sum(
-            before[name]["running"] + before[name]["waiting"] for name in victim.replicas & before.keys()
+            before[name]["running"] + before[name]["waiting"]
+            for name in gone | (victim.replicas & before.keys())
         ),
         resumed=sum(record.resumed > 0 for record in answered),
         lost=len(lost) + len(late),
@@ -537,8 +578,6 @@ async def _until(what: Callable[[], bool], seconds: float) -> float:
 
 
 # --- every fault ---------------------------------------------------------------------------------------------------
-
-SHAPES: dict[str, dict[str, Any]] = {"colocated, TP 1": {}}
 
 
 async def series(
@@ -580,11 +619,10 @@ def main() -> int:
     options = parser.parse_args()
     print("| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|", sep="\n", flush=True)
     outcomes: list[Outcome] = []
-    for shape in options.shape or SHAPES:
-        config = chaos_config(free_port(), options.heartbeat, **SHAPES[shape])
-        faults = [fault for fault in FAULTS.values() if fault.name in (options.fault or FAULTS)]
-        with ChaosCluster(config, shape=shape) as cluster:
-            outcomes += asyncio.run(series(cluster, faults, options.in_flight, options.tokens))
+    for name in options.shape or SHAPES:
+        chosen = [FAULTS[fault] for fault in options.fault or FAULTS if FAULTS[fault].applies(SHAPES[name])]
+        with ChaosCluster(SHAPES[name], options.heartbeat) as cluster:
+            outcomes += asyncio.run(series(cluster, chosen, options.in_flight, options.tokens))
         report = {
             "machine": machine() | {"ray": version("ray")},
             "heartbeat_seconds": options.heartbeat,

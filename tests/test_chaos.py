@@ -5,9 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from chaos import FAULTS, ChaosCluster, Outcome, Reference, chaos_config, questions, settled, trial
+from chaos import FAULTS, ChaosCluster, Outcome, Reference, Shape, questions, settled, trial
 from chaos import reference as ask
-from conftest import free_port
 
 IN_FLIGHT = 20
 pytestmark = pytest.mark.timeout(240)  # a busy machine is slow, not wrong
@@ -15,7 +14,7 @@ pytestmark = pytest.mark.timeout(240)  # a busy machine is slow, not wrong
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ChaosCluster]:
-    with ChaosCluster(chaos_config(free_port(), heartbeat=3.0)) as running:
+    with ChaosCluster(Shape(), heartbeat=3.0) as running:
         yield running
 
 
@@ -61,4 +60,4 @@ def test_a_hung_engine_costs_no_token(cluster: ChaosCluster, reference: Referenc
 
 def test_a_lost_node_costs_no_token(cluster: ChaosCluster, reference: Reference) -> None:
     """The last one, for nobody brings another node."""
-    assert inflict(cluster, reference, "node gone").on_victim
+    assert inflict(cluster, reference, "node killed").on_victim

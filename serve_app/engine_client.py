@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, DeploymentResponseGenerator
 
-from cluster.routing import Fleet, fleets
+from cluster.fleet import Fleet, fleets
 from engine.request import EngineError, Request
 from serve_app.chunk import Chunk
 from serve_app.engine_replica import pack
@@ -131,7 +131,8 @@ class EngineClient:
         while True:
             for reply in await self._broadcast("status", seconds=self._heartbeat / WATCHES):
                 if isinstance(reply, dict) and not reply["error"] and reply["stalled"] < self._heartbeat:
-                    self._fleet.hear(reply["replica"], time.monotonic(), reply["leaving"])
+                    load = reply["running"] + reply["waiting"]
+                    self._fleet.hear(reply["replica"], time.monotonic(), reply["leaving"], load)
             await asyncio.sleep(self._heartbeat / WATCHES)
 
     async def _broadcast(self, method: str, *arguments: Any, seconds: float) -> list[Any]:

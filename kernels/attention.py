@@ -5,7 +5,7 @@ A query token sees its sequence's whole cached context and, inside its own segme
 
 On Triton a segment is cut into tiles of query tokens, and a tile's keys into pieces, where one tile alone would leave
 the GPU idle. A work list of all pieces is built on the device, once per step; a fixed number of programs walks it, so
-that one captured graph serves all contexts. The last piece of a tile to end merges them, always in their order.
+that one captured graph serves all contexts. A second launch merges each token's pieces, always in their order.
 """
 
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ SHORTEST_EXACT, SHORTEST = (
 )  # keys of a piece; a shorter one costs more in partial results than it saves
 WAVES = 4  # pieces that a program takes, at most, where the device chooses their length
 PIECE_COST = 128  # what starting, storing and merging a piece costs, in keys: an estimate
-CHUNK = 64  # items that the builder writes at once
+CHUNK = 64  # items, or tokens, that the builder writes at once
 _WAVES, _PIECE_COST, _CHUNK = tl.constexpr(WAVES), tl.constexpr(PIECE_COST), tl.constexpr(CHUNK)
-FIELDS = 12  # int32 of an item, in this order:
+FIELDS = 10  # int32 of an item, in this order:
 _FIRST = tl.constexpr(0)  # query token that the tile starts with
 _TOKENS = tl.constexpr(1)  # of the tile
 _CONTEXT = tl.constexpr(2)
@@ -39,10 +39,11 @@ _LOW = tl.constexpr(4)  # first key of the piece
 _HIGH = tl.constexpr(5)  # and the end of its keys
 _PIECE = tl.constexpr(6)  # its index
 _PIECES = tl.constexpr(7)  # of the tile
-_TILE = tl.constexpr(8)  # index, for the counter
-_PARTIAL = tl.constexpr(9)  # row of the partial results of the tile's first token in piece 0
-_STRIDE = tl.constexpr(10)  # rows from there to those of piece 1
+_PARTIAL = tl.constexpr(8)  # row of the partial results of the tile's first token in piece 0
+_STRIDE = tl.constexpr(9)  # rows from there to that of piece 1
 _FIELDS = tl.constexpr(FIELDS)
+MERGED = 3  # int32 of a token: its pieces, or 0 if they need no merging; its row of partial results; rows to the next
+_MERGED = tl.constexpr(MERGED)
 
 
 class Ragged(NamedTuple):
@@ -81,7 +82,7 @@ class WorkList:
     ragged: Ragged
     count: Tensor  # [1] int32 items
     items: Tensor  # [most, FIELDS] int32
-    arrived: Tensor  # [tiles, kv_heads] int32 pieces that have ended; 0 between launches
+    merged: Tensor | None  # [T, MERGED] int32; None where one piece holds all keys
     partial: Tensor  # [rows * heads, head_dim] float32 weighted sums of values, where pieces are several
     softmax: Tensor  # [rows * heads, 2] float32 their largest scores, scaled, and sums of weights
     programs: int
@@ -124,7 +125,7 @@ def plan_attention(
         ragged=ragged,
         count=torch.empty(1, dtype=torch.int32, device=device),
         items=torch.empty(most, FIELDS, dtype=torch.int32, device=device),
-        arrived=torch.zeros(tiles, kv_heads, dtype=torch.int32, device=device),
+        merged=torch.zeros(tokens, MERGED, dtype=torch.int32, device=device) if rows else None,
         partial=torch.empty(rows * heads, head_dim, device=device),
         softmax=torch.empty(rows * heads, 2, device=device),
         programs=programs,
@@ -140,6 +141,7 @@ def plan_attention(
         ragged.open,
         plan.count,
         plan.items,
+        plan.items if plan.merged is None else plan.merged,
         shortest,
         programs,
         segments,
@@ -148,6 +150,7 @@ def plan_attention(
         BLOCK_Q=block,
         PAGE_SIZE=page_size,
         EXACT=exact,
+        MERGES=plan.merged is not None,
         num_warps=4 if segments > 32 else 1,
     )
     return plan
@@ -175,7 +178,6 @@ def ragged_attention(q: Tensor, kv: Tensor, plan: AttentionPlan) -> Tensor:
         out,
         plan.count,
         plan.items,
-        plan.arrived,
         plan.partial,
         plan.softmax,
         ragged.upto,
@@ -194,6 +196,21 @@ def ragged_attention(q: Tensor, kv: Tensor, plan: AttentionPlan) -> Tensor:
         num_warps=4,
         num_stages=stages,
     )
+    if plan.merged is not None:
+        groups = heads // kv_heads
+        launch(
+            _merge,
+            (tokens, kv_heads),
+            plan.merged,
+            plan.partial,
+            plan.softmax,
+            out,
+            KV_HEADS=kv_heads,
+            GROUPS=groups,
+            GROUPS_HELD=triton.next_power_of_2(groups),
+            HEAD_DIM=head_dim,
+            PIECES=MOST_PIECES,
+        )
     return out
 
 
@@ -214,6 +231,7 @@ def _build_work_list(
     open_ptr,
     count_ptr,
     items_ptr,
+    merged_ptr,
     shortest,
     programs,
     segments,
@@ -222,6 +240,7 @@ def _build_work_list(
     BLOCK_Q: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     EXACT: tl.constexpr,
+    MERGES: tl.constexpr,
 ):
     """Program s writes the items of segment s; where, it finds by itself, from the sizes of all segments before."""
     mine = tl.program_id(0)
@@ -248,7 +267,6 @@ def _build_work_list(
     pieces = tl.cdiv(keys, piece)
     before = segment < mine
     at = tl.sum(tl.where(before, tiles * pieces, 0))
-    tile = tl.sum(tl.where(before, tiles, 0))
     partial = tl.sum(tl.where(before & (pieces > 1), pieces * length, 0))
     if mine == 0:
         tl.store(count_ptr, tl.sum(tiles * pieces).to(tl.int32))
@@ -277,9 +295,19 @@ def _build_work_list(
         tl.store(item + _HIGH, tl.minimum(low + piece, end).to(tl.int32), inside)
         tl.store(item + _PIECE, (index // tiles).to(tl.int32), inside)
         tl.store(item + _PIECES, tl.cdiv(end, piece).to(tl.int32), inside)
-        tl.store(item + _TILE, (tile + index % tiles).to(tl.int32), inside)
         tl.store(item + _PARTIAL, (partial + offset).to(tl.int32), inside)
         tl.store(item + _STRIDE, (length + offset * 0).to(tl.int32), inside)
+    if MERGES:
+        for start in tl.range(0, tl.where(pieces > 1, length, 0), _CHUNK):
+            offset = start + each
+            inside = offset < length
+            behind = tl.minimum(offset // BLOCK_Q * BLOCK_Q + BLOCK_Q, length)
+            end = tl.where(sees_later, context + length, context + behind)
+            count = tl.cdiv(end, piece)
+            token = merged_ptr + (first + offset) * _MERGED
+            tl.store(token, tl.where(count > 1, count, 0).to(tl.int32), inside)
+            tl.store(token + 1, (partial + offset).to(tl.int32), inside)
+            tl.store(token + 2, (length + offset * 0).to(tl.int32), inside)
 
 
 @triton.jit
@@ -302,7 +330,6 @@ def _attend(
     out_ptr,
     count_ptr,
     items_ptr,
-    arrived_ptr,
     partial_ptr,
     softmax_ptr,
     upto_ptr,
@@ -326,9 +353,11 @@ def _attend(
     slots = tl.arange(0, PAGE_SIZE)
     heads = rows // GROUPS * HEADS + rows % GROUPS  # of the rows, from the tile's first
     grid = heads[:, None] * HEAD_DIM + dims[None, :]
-    flat = rows[:, None] * HEAD_DIM + dims[None, :]  # partial results of a tile and KV head lie together
     cells = slots[:, None] * KEY + dims[None, :]  # of a head's keys, or values, in a page
-    for work in tl.range(tl.program_id(0), tl.load(count_ptr) * KV_HEADS, tl.num_programs(0)):
+    # what is the same for all items is computed for each again: kept, it would take the registers that spill
+    for work in tl.range(
+        tl.program_id(0), tl.load(count_ptr) * KV_HEADS, tl.num_programs(0), disable_licm=True
+    ):
         item = items_ptr + work // KV_HEADS * _FIELDS
         kv_head = work % KV_HEADS
         low = tl.load(item + _LOW)
@@ -374,40 +403,63 @@ def _attend(
                 visible = (key < upto) | ((key >= lo) & (key < hi))
                 scores = tl.where(visible, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
                 top, weight, acc = _fold(scores, v, top, weight, acc, SCALE)
-            last = True
             if pieces > 1:
-                stride = tl.load(item + _STRIDE).to(tl.int64) * HEADS
-                partial = tl.load(item + _PARTIAL).to(tl.int64) * HEADS + kv_head * tokens * GROUPS
-                mine = partial + tl.load(item + _PIECE) * stride
-                tl.store(partial_ptr + mine * HEAD_DIM + flat, acc, inside[:, None])
-                tl.store(softmax_ptr + mine * 2 + rows * 2, top, inside)
-                tl.store(softmax_ptr + mine * 2 + rows * 2 + 1, weight, inside)
-                counter = arrived_ptr + tl.load(item + _TILE) * KV_HEADS + kv_head
-                tl.debug_barrier()  # all of this program's stores come before its arrival
-                last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == pieces - 1
-                if last:
-                    tl.store(counter, 0)
-                    top = tl.full([ROWS], float("-inf"), tl.float32)
-                    weight = tl.zeros([ROWS], tl.float32)
-                    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-                    for _ in tl.range(0, pieces, num_stages=1):
-                        # past the L1 cache: other SMs have written them
-                        its = softmax_ptr + partial * 2 + rows * 2
-                        its_top = tl.load(its, inside, 0.0, cache_modifier=".cg")
-                        its_weight = tl.load(its + 1, inside, 0.0, cache_modifier=".cg")
-                        its = partial_ptr + partial * HEAD_DIM + flat
-                        its_acc = tl.load(its, inside[:, None], 0.0, cache_modifier=".cg")
-                        higher = tl.maximum(top, its_top)
-                        base = tl.where(higher == float("-inf"), 0.0, higher)
-                        shrink = tl.exp2(top - base)
-                        its_shrink = tl.exp2(its_top - base)
-                        weight = weight * shrink + its_weight * its_shrink
-                        acc = acc * shrink[:, None] + its_acc * its_shrink[:, None]
-                        top = higher
-                        partial += stride
-            if last:
+                row = tl.load(item + _PARTIAL) + tl.load(item + _PIECE) * tl.load(item + _STRIDE)
+                mine = row.to(tl.int64) * HEADS + kv_head * GROUPS
+                tl.store(partial_ptr + mine * HEAD_DIM + grid, acc, inside[:, None])
+                tl.store(softmax_ptr + mine * 2 + heads * 2, top, inside)
+                tl.store(softmax_ptr + mine * 2 + heads * 2 + 1, weight, inside)
+            else:
                 acc = acc / tl.where(weight == 0, 1.0, weight)[:, None]
                 tl.store(out_ptr + at + grid, acc.to(out_ptr.dtype.element_ty), inside[:, None])
+
+
+@triton.jit
+def _merge(
+    merged_ptr,
+    partial_ptr,
+    softmax_ptr,
+    out_ptr,
+    KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_HELD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """One program a token and KV head. Reads PIECES pieces at a time, so that few loads wait for others; in exact mode
+    there are no more. A piece that a token sees nothing of adds zeros."""
+    HEADS: tl.constexpr = KV_HEADS * GROUPS
+    token = tl.program_id(0).to(tl.int64)
+    pieces = tl.load(merged_ptr + token * _MERGED)
+    if pieces == 0:
+        return
+    first = tl.load(merged_ptr + token * _MERGED + 1).to(tl.int64)
+    stride = tl.load(merged_ptr + token * _MERGED + 2).to(tl.int64)
+    group = tl.arange(0, GROUPS_HELD)
+    dims = tl.arange(0, HEAD_DIM)
+    head = tl.program_id(1) * GROUPS + group
+    top = tl.full([GROUPS_HELD], float("-inf"), tl.float32)
+    weight = tl.zeros([GROUPS_HELD], tl.float32)
+    acc = tl.zeros([GROUPS_HELD, HEAD_DIM], tl.float32)
+    for start in tl.range(0, pieces, PIECES, num_stages=1):
+        piece = start + tl.arange(0, PIECES)
+        row = (first + piece * stride)[:, None] * HEADS + head[None, :]
+        there = (piece < pieces)[:, None] & (group < GROUPS)[None, :]
+        its_top = tl.load(softmax_ptr + row * 2, there, float("-inf"))
+        its_weight = tl.load(softmax_ptr + row * 2 + 1, there, 0.0)
+        its_acc = tl.load(
+            partial_ptr + row[:, :, None] * HEAD_DIM + dims[None, None, :], there[:, :, None], 0.0
+        )
+        higher = tl.maximum(top, tl.max(its_top, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp2(top - base)
+        share = tl.exp2(its_top - base[None, :])
+        weight = weight * shrink + tl.sum(its_weight * share, 0)
+        acc = acc * shrink[:, None] + tl.sum(its_acc * share[:, :, None], 0)
+        top = higher
+    acc = acc / tl.where(weight == 0, 1.0, weight)[:, None]
+    at = out_ptr + (token * HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), (group < GROUPS)[:, None])
 
 
 def plan_attention_reference(

@@ -27,8 +27,9 @@ def linear(
     """x W^T: x [T, K], weight [N, K], both contiguous, to [T, N] of out_dtype (x's, if None), summed in float32.
 
     scale: [N] float32, of a weight in float8_e4m3fn; the weight is converted to x's dtype as it is read, and the
-    product scaled. exact: the kernel gives a row the same bits whatever T is; without it only up to rounding, since
-    tiles, or the library, are chosen by T. Launches that split K share counters, so they must share one stream.
+    product scaled. exact: a row has the same bits whatever T is; without it only up to rounding, since many tokens take
+    the library. The kernel's tiles hold 64 tokens however few there are: the warp group's matrix units read a weight
+    faster than the warp's do in smaller tiles. Launches that split K share counters, so they must share one stream.
     """
     if not on_triton(x):
         # the common case at once, since it is called more often than all else on a CPU
@@ -41,8 +42,7 @@ def linear(
             return F.linear(x, weight)
         return torch.mm(x, weight.t(), out_dtype=out_dtype)
     out = torch.empty(tokens, rows, dtype=out_dtype or x.dtype, device=x.device)
-    block_t = SKINNY_TOKENS if exact else token_tile(tokens)
-    multiply(x, weight, out, block_t, _BLOCK_N, splits_of(rows, x.shape[1]), scale=scale)
+    multiply(x, weight, out, SKINNY_TOKENS, _BLOCK_N, splits_of(rows, x.shape[1]), scale=scale)
     return out
 
 

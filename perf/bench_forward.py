@@ -3,7 +3,7 @@
 Run: `python -m perf.bench_forward`.
 
 F1: a forward, its head and what ends its segments, beside the floor: the bytes it must read at the bandwidth of a
-plain copy, or its operations at the rate of a large matrix product, both measured in the same run. F2: a draft and its
+plain sum, or its operations at the rate of a large matrix product, both measured in the same run. F2: a draft and its
 verification, executed together, beside two forwards. E1: the engine's AR decoding beside Hugging Face's eager
 `generate` on the same weights. E2: self-speculation with a forced number of tokens a round, beside AR. E3: how far
 AR's logits are from verification's, with `exact` and without, and what `exact` costs. E4: a step of AR decoding beside
@@ -38,7 +38,7 @@ from engine.segment import Pattern
 from engine.step import BLOCK, COMMITS, PATTERN, ROW, Step
 from perf.geometry import raw_config, write_config
 from perf.steps import draft_step, occupy, rewind, verify_step
-from perf.timing import copy_bandwidth, machine, matmul_rate, seconds_of, write_report
+from perf.timing import machine, matmul_rate, read_bandwidth, seconds_of, write_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Bench:
     def __init__(self, scale: Scale, device: torch.device, repeats: int) -> None:
         self.scale, self.device, self.repeats = scale, device, repeats
         dtype: torch.dtype = getattr(torch, scale.dtype)
-        self.bandwidth, self.rate = copy_bandwidth(device), matmul_rate(device, dtype)
+        self.bandwidth, self.rate = read_bandwidth(device), matmul_rate(device, dtype)
         with tempfile.TemporaryDirectory() as folder:
             write_config(Path(folder), scale.size)
             self.config = EngineConfig(
@@ -432,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(SCALES[device.type], device, options.repeats)
     about = machine() | {
         "size": bench.scale.size,
-        "copy_bandwidth": bench.bandwidth,
+        "read_bandwidth": bench.bandwidth,
         "matmul_rate": bench.rate,
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()), file=sys.stderr)

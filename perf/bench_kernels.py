@@ -3,7 +3,7 @@
 Run: `python -m perf.bench_kernels`, or `--compile-only` on any machine.
 
 Both sides run in this process and take turns, in CUDA graphs where they can be captured, on inputs that no cache
-holds (`perf/timing.py`). The roofline is the bandwidth of a plain copy, or the rate of a large matrix product, measured
+holds (`perf/timing.py`). The roofline is the bandwidth of a plain sum, or the rate of a large matrix product, measured
 in the same run. Without CUDA the torch references run in the kernels' place, at shapes that a CPU manages: this shows
 that the benchmark runs, and how the references compare, and nothing about the kernels.
 
@@ -44,10 +44,10 @@ from perf.launches import all_launches, default_launches
 from perf.steps import denoise_step, verify_step
 from perf.timing import (
     Call,
-    copy_bandwidth,
     machine,
     matmul_rate,
     nbytes,
+    read_bandwidth,
     rotations,
     side_by_side,
     write_report,
@@ -560,7 +560,7 @@ def run_suite(suite: str, here: Machine, rows: list[Row], problems: list[str]) -
 def measured(device: torch.device, size: str, repeats: int) -> Machine:
     """The machine, its bandwidth and rate included."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Machine(device, dtype, geometry(size), copy_bandwidth(device), matmul_rate(device, dtype), repeats)
+    return Machine(device, dtype, geometry(size), read_bandwidth(device), matmul_rate(device, dtype), repeats)
 
 
 def compile_only(everything: bool, processes: int, target: Path | None) -> int:
@@ -609,7 +609,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         torch.set_num_threads(1)
     here = measured(torch.device("cuda" if cuda else "cpu"), "14b" if cuda else "toy", options.repeats)
-    about = machine() | {"copy_bandwidth": here.bandwidth, "matmul_rate": here.rate}
+    about = machine() | {"read_bandwidth": here.bandwidth, "matmul_rate": here.rate}
     print(", ".join(f"{key} {value}" for key, value in about.items()), file=sys.stderr)
     rows: list[Row] = []
     problems: list[str] = []

@@ -111,7 +111,6 @@ def attend(case: Case, exact: bool) -> Tensor:
     made = plan(case, exact)
     with implementation("triton"):
         out = ragged_attention(case.q, case.kv, made)
-    assert not made.arrived.any(), "the counters are not ready for the next layer"
     return out.cpu()
 
 
@@ -214,7 +213,7 @@ def test_every_key_of_every_tile_is_in_one_piece() -> None:
             assert int(made.count) <= len(made.items)
             found: dict[int, list[tuple[int, int]]] = {}
             rows: set[int] = set()
-            for first, tokens, _, _, low, high, piece, pieces, _, partial, stride, _ in made.items[
+            for first, tokens, _, _, low, high, piece, pieces, partial, stride in made.items[
                 : int(made.count)
             ].tolist():
                 if low >= high:

@@ -29,7 +29,7 @@ def test_every_suite_has_figures(report: list[dict[str, object]]) -> None:
     assert all(isinstance(row["value"], float | int) and row["value"] >= 0 for row in report)
 
 
-def test_the_floor_is_the_weights_and_the_context_at_the_copy_bandwidth(bench: Bench) -> None:
+def test_the_floor_is_the_weights_and_the_context_at_the_read_bandwidth(bench: Bench) -> None:
     bench.bandwidth, bench.rate = 1e9, 1e30
     model, shape = bench.model, bench.model.config
     body = sum(

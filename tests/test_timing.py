@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from perf.timing import copy_bandwidth, machine, matmul_rate, nbytes, rotations, seconds_of, side_by_side
+from perf.timing import machine, matmul_rate, nbytes, read_bandwidth, rotations, seconds_of, side_by_side
 
 CPU = torch.device("cpu")
 
@@ -37,6 +37,6 @@ def test_a_side_that_raises_is_left_out_and_says_why() -> None:
 
 def test_the_machine_is_described_and_measured() -> None:
     assert machine()["torch"] == torch.__version__
-    assert copy_bandwidth(CPU) > 1e8 and matmul_rate(CPU, torch.float32) > 1e8
+    assert read_bandwidth(CPU) > 1e8 and matmul_rate(CPU, torch.float32) > 1e8
     assert rotations(1, CPU) == 1
     assert nbytes(torch.zeros(3, dtype=torch.bfloat16), torch.zeros(2)) == 14

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.forecast import Speed, rounds, speed
 from cluster.gpu import Gpu
+from cluster.placement import DOMAIN_LABELS, Node, Placement, place
 from engine.config import CheckpointError, EngineConfig, ModelConfig, ModeName, Sizes
 from engine.memory import PAGE_SIZE, pool_tokens, resident_bytes, spare_bytes, step_bytes, token_bytes
 from engine.shapes import check_ranks
@@ -15,7 +16,6 @@ from engine.shapes import check_ranks
 DRIVER = 2**29  # bytes that CUDA and its libraries take of a GPU before the first tensor; a round figure
 BATCH_TOKENS = 2048  # query tokens of a step: 64 sequences with blocks of 32
 BATCHES = (1, 8, 32, 64)
-DOMAIN_LABEL, NODE_LABEL = "ray.io/gpu-domain", "ray.io/node-id"
 
 
 class PlanError(ValueError):
@@ -59,15 +59,6 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """One replica's Ray placement group: `strategy`, or else `topology`, says how its bundles lie."""
-
-    bundles: list[dict[str, int]]
-    strategy: str
-    topology: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
 class Option:
     """A tensor parallelism that the pool could run: of the whole pool, in tokens a second at the largest batch."""
 
@@ -107,9 +98,9 @@ class Plan:
             "max_running",
             "max_batch_tokens",
             "ridge_tokens",
+            "tensor_parallel",
         )
-        engine = {name: getattr(self.engine, name) for name in names}
-        return {"replicas": self.replicas, "engine": {**engine, "tensor_parallel": self.ranks}}
+        return {"replicas": self.replicas, "engine": {name: getattr(self.engine, name) for name in names}}
 
     def as_dict(self) -> dict[str, Any]:
         """The plan in JSON's types."""
@@ -170,6 +161,7 @@ def plan(
     held = replace(config, kv_tokens=best.tokens)
     drafted = speed(model, pool.gpu, best.ranks, config, "linear_spec", max_running, context)
     plain = speed(model, pool.gpu, best.ranks, config, "ar", max_running, context)
+    config = replace(config, tensor_parallel=best.ranks)
     if drafted.tokens_per_second > plain.tokens_per_second:  # `auto` then still drafts in a full batch
         config = replace(config, ridge_tokens=max_running * drafted.block_length)
     return Plan(
@@ -217,11 +209,13 @@ def idle_of(pool: Pool, ranks: int) -> str:
 
 
 def placement_of(pool: Pool, ranks: int) -> Placement:
-    """A bundle a rank, all on one node, or else on nodes of one NVLink domain."""
-    bundles = [{"GPU": 1}] * ranks
-    if ranks <= pool.node_gpus:
-        return Placement(bundles, "STRICT_PACK", {})
-    return Placement(bundles, "", {DOMAIN_LABEL: "STRICT_PACK", NODE_LABEL: "PACK"})
+    """One replica's placement group, as an engine asks for it on such nodes."""
+    nodes = [
+        Node({DOMAIN_LABELS[0]: str(domain)}, {"GPU": pool.node_gpus})
+        for domain, count in enumerate(pool.domains)
+        for _ in range(count)
+    ]
+    return place(ranks, {"GPU": 1}, nodes)
 
 
 def _divisors(model: ModelConfig) -> list[int]:

@@ -14,13 +14,26 @@ from torch import Tensor
 
 from engine.segment import Pattern, Settle
 from engine.state import to_device
-from engine.step import BLOCK, COLUMNS, COMMITS, LENGTH, LORA, PATTERN, RESTART, ROW, SETTLE, STEPS, Step
+from engine.step import (
+    AHEAD,
+    BLOCK,
+    COLUMNS,
+    COMMITS,
+    LENGTH,
+    LORA,
+    PATTERN,
+    RESTART,
+    ROW,
+    SETTLE,
+    STEPS,
+    Step,
+)
 from kernels.expand import Known, Segments
 from kernels.settle import Part
 
 # rows of a packed layout; the fields of Segments in their order
 FIELDS = len(Segments._fields)
-_PACKED = (ROW, LENGTH, BLOCK, PATTERN, SETTLE, COMMITS, STEPS, LORA, RESTART)
+_PACKED = (ROW, LENGTH, BLOCK, PATTERN, SETTLE, COMMITS, STEPS, LORA, RESTART, AHEAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +72,7 @@ def padded_layout(step: Step, size: int, count: int, scratch_row: int) -> NDArra
             1,
             Pattern.PAD,
             Settle.NOTHING,
+            0,
             0,
             0,
             0,
@@ -130,7 +144,10 @@ def _layout(packed: bytes, packed_thresholds: bytes, device: torch.device, dtype
     known = Known(
         lengths=length.tolist(),
         patterns=frozenset(segments[:, PATTERN].tolist()),
-        restarts=torch.tensor(segments[restarts, ROW], device=device) if restarts.any() else None,
+        restarts=torch.tensor(segments[restarts][:, (ROW, AHEAD)].T.copy(), device=device)
+        if restarts.any()
+        else None,
+        ahead=bool(segments[:, AHEAD].any()),
         owner=torch.tensor(owner, device=device),
         offset=torch.tensor(offset, device=device),
         row=torch.tensor(segments[owner, ROW], device=device),

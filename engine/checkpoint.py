@@ -3,8 +3,10 @@
 Knows nothing of what is in the files, and needs no torch.
 """
 
+import hashlib
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 from engine.config import CheckpointError
 
@@ -14,6 +16,9 @@ UNPINNED = re.compile(r"[\w.-]+/[\w.-]+(@[^/]*)?")
 # Only what is read as data. Never Python files, pickles or other formats that can carry code.
 TEXT_FILES = ("*.json", "*.jinja")
 WEIGHT_FILES = ("model*.safetensors", f"{ADAPTER}/*.safetensors")
+
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of tensors, what its fingerprint reads
+HEADER_BYTES = 100_000_000  # the most that safetensors allows
 
 
 def local_folder(checkpoint: str, weights: bool = True) -> Path:
@@ -38,6 +43,36 @@ def local_folder(checkpoint: str, weights: bool = True) -> Path:
             "can change: org/name@<40 hexadecimal digits>"
         )
     raise CheckpointError(f"{folder}: no such checkpoint folder")
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells checkpoints apart without reading them whole, in hexadecimal: a hash of the JSON files, and of every
+    tensor file its size, its header and evenly spread samples. Two that differ in a few numbers only may look alike.
+    Raises CheckpointError for a file that cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.safetensors")]):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+            with path.open("rb") as file:
+                if path.suffix == ".json":
+                    digest.update(file.read())
+                else:
+                    _sample(file, size, digest)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return digest.hexdigest()
+
+
+def _sample(file: BinaryIO, size: int, digest: "hashlib.blake2b") -> None:
+    """Adds a tensor file's header and samples of its data to the digest."""
+    header = 8 + min(int.from_bytes(file.read(8), "little"), HEADER_BYTES)
+    file.seek(0)
+    digest.update(file.read(header))
+    room = max(0, size - header - SAMPLE_BYTES)
+    for index in range(SAMPLES):
+        file.seek(header + room * index // (SAMPLES - 1))
+        digest.update(file.read(SAMPLE_BYTES))
 
 
 def short_name(checkpoint: str) -> str:

@@ -6,7 +6,7 @@ very classes.
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +78,15 @@ class ModelConfig:
     bos_id: int
     eos_ids: tuple[int, ...]
     rope: RopeConfig
+
+    def share(self, ranks: int) -> "ModelConfig":
+        """The geometry of what one of `ranks` ranks computes by itself: its heads and its part of the MLP."""
+        return replace(
+            self,
+            num_heads=self.num_heads // ranks,
+            num_kv_heads=self.num_kv_heads // ranks,
+            intermediate_size=self.intermediate_size // ranks,
+        )
 
     @staticmethod
     def from_json(path: Path) -> "ModelConfig":
@@ -162,6 +171,10 @@ class EngineConfig:
     )
     device: str = "cpu"
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    tensor_parallel: int = 1  # ranks that share one model, each a GPU or a process of its own
+    rendezvous_port: int = 0  # where its ranks find each other, on the engine's node; 0: any that is free
+    rendezvous_seconds: float = 120.0  # until all ranks have found each other
+    placement_seconds: float = 300.0  # until a cluster has room for all ranks
     threads: int = 1  # torch threads; more than one pays only on idle cores
     page_size: int = 16
     kv_tokens: int = 32768  # the page pool, in tokens; 0: as many as a GPU has memory for

@@ -33,7 +33,8 @@ SURPRISE = math.log(1.5)  # the most that one observation can say: a compilation
 SILENCE = 0.02  # a difference that is not worth the arithmetic
 BOUND = 4.0  # of all corrections together, as a factor
 # settings that change no step's cost
-FREE_SETTINGS = ("checkpoint", "cost_file", "default_mode", "diffusion", "kv_tokens", "lag", "ridge_tokens")
+FREE_SETTINGS = ("checkpoint", "cost_file", "default_mode", "diffusion", "kv_tokens", "lag", "ridge_tokens",
+                 "rendezvous_port", "rendezvous_seconds", "placement_seconds")  # fmt: skip
 # Of the 14B: KV bytes of one token in bf16 (40 layers, 8 KV heads of 128, keys and values), and what an attention
 # kernel is assumed to reach of a B200's 8e12 bytes a second.
 KV_BYTES_14B = 163_840
@@ -338,6 +339,7 @@ class StepTimer:
             ).reshape(-1, 5),
             sampling=np.array([(0.0, 1.0, 0.0)] * len(started)).reshape(-1, 3),
             tokens=np.full(len(started), self.token, np.int64),
+            edits=np.zeros((0, 3), np.int64),
             greedy=True,
             filtered=False,
             confident=False,

@@ -41,15 +41,16 @@ def use_device(name: str) -> None:
 
 
 def kv_tokens(config: EngineConfig, model: ModelConfig) -> int:
-    """The tokens that the page pool holds: as configured, or what is free on the GPU once the weights are there, less
-    what the largest step's logits and activations take. Raises ValueError if that is nothing."""
+    """The tokens that the page pool holds: as configured, or what is free on the GPU once the rank's weights are there,
+    less what the largest step's logits and activations take. model: the whole geometry. Raises ValueError if that is
+    nothing."""
     if config.kv_tokens:
         return config.kv_tokens
     if not config.device.startswith("cuda"):
         raise ValueError("kv_tokens: 0 needs a GPU, whose free memory it stands for")
     torch.cuda.empty_cache()  # what loading has left over
     free, total = torch.cuda.mem_get_info(config.device)
-    tokens = pool_tokens(free, total, config, model)
+    tokens = pool_tokens(free, total, config, model, config.tensor_parallel)
     if not tokens:
         raise ValueError(f"kv_tokens: {free / 2**30:.1f} GiB of free memory leave no room for the cache")
     return tokens

@@ -4,6 +4,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from engine.asking import Asking
 from engine.config import BLOCK_LENGTHS, EngineConfig, ModeChoice, Sizes
 from engine.cost_model import CostModel, shape_of
 from engine.modes import MODES
@@ -22,7 +23,8 @@ ROUND = 2  # steps that are executed together at most: a draft and its verificat
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """A glance at an engine. `error` says why it can serve no longer."""
+    """A glance at an engine. `error` says why it can serve no longer. `drafts_answered` and `drafts_missed` count asks
+    to a draft stage."""
 
     running: int
     waiting: int
@@ -30,19 +32,22 @@ class EngineStatus:
     total_pages: int
     steps: int
     error: str | None = None
+    drafts_answered: int = 0
+    drafts_missed: int = 0
 
 
 class Engine:
-    """Owns the sequences. One thread calls it."""
+    """Owns the sequences. One thread calls it. `asking` deals with whoever draws drafts for it, if anybody does."""
 
-    def __init__(self, config: EngineConfig, executor: "Executor") -> None:
+    def __init__(self, config: EngineConfig, executor: "Executor", asking: Asking | None = None) -> None:
         model = executor.model_config
         self.config = replace(config, draft_lora=config.draft_lora and executor.has_adapter)
         self.executor = executor
         self.model_config = model
         self.sizes = Sizes.of(config, model)
         self.max_model_len = self.sizes.max_model_len
-        self.scheduler = Scheduler(self.config, self.sizes.block_length)
+        self.asking = asking
+        self.scheduler = Scheduler(self.config, self.sizes.block_length, asking.stage if asking else None)
         self.sequences: dict[str, Sequence] = {}
         self.steps = 0
         self.cost_model: CostModel | None = None
@@ -57,7 +62,8 @@ class Engine:
     def status(self) -> EngineStatus:
         pool = self.scheduler.pool
         running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
-        return EngineStatus(running, waiting, pool.free, pool.total, self.steps)
+        answered, missed = (self.asking.answered, self.asking.missed) if self.asking else (0, 0)
+        return EngineStatus(running, waiting, pool.free, pool.total, self.steps, None, answered, missed)
 
     def add(self, request: Request) -> None:
         """Accepts a request. Raises ValueError with the parameter's name first if it can never be served."""
@@ -75,7 +81,7 @@ class Engine:
         if sequence is None:
             return None
         sequence.finish_reason = reason
-        self.scheduler.drop(sequence)
+        self._drop(sequence)
         return Delta((), reason, sequence.stats())
 
     def switch(self, request_id: str, mode: ModeChoice) -> None:
@@ -90,12 +96,18 @@ class Engine:
         self.reported = []
         planned: list[list[Segment]] = []
         steps: list[Step] = []
+        if self.asking is not None:
+            self.asking.collect(self.model_config)
         while not planned or (len(planned) < ROUND and _only_drafts(planned[-1])):
             segments = self.scheduler.schedule()
             if not segments:
                 break
             planned.append(segments)
             steps.append(pack(segments, self.scheduler.started, self.scheduler.granted))
+        if self.asking is not None:
+            self.asking.ask(self.scheduler.running)
+            if not steps and not self._in_flight:
+                self.asking.wait()
         if steps:
             self.steps += len(steps)
             self._in_flight.append((planned, self.executor.run(steps)))
@@ -131,9 +143,14 @@ class Engine:
             deltas[sequence.request.id] = Delta(tuple(new))
 
     def _finish(self, sequence: Sequence, new: list[int], deltas: dict[str, Delta]) -> None:
-        self.scheduler.drop(sequence)
+        self._drop(sequence)
         del self.sequences[sequence.request.id]
         deltas[sequence.request.id] = Delta(tuple(new), sequence.finish_reason, sequence.stats())
+
+    def _drop(self, sequence: Sequence) -> None:
+        self.scheduler.drop(sequence)
+        if self.asking is not None:
+            self.asking.drop(sequence)
 
     def _check(self, request: Request) -> None:
         sampling, vocab_size = request.sampling, self.model_config.vocab_size

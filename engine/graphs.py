@@ -18,7 +18,8 @@ from engine.step import LENGTH, LORA, Step, padding_step
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 448, 512)
 ROUND_TOKENS = 128  # query tokens of a step up to which a draft and its verification are one graph
 
-Shape = tuple[int, bool]  # query tokens, and whether the draft adapter is on
+# query tokens, whether the draft adapter is on, and whether a sharded vocabulary's rows are gathered whole for filters
+Shape = tuple[int, bool, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +33,20 @@ class Graphs:
 
     def __init__(
         self,
-        execute: Callable[[Layout], Tensor],
+        execute: Callable[[Layout, bool], Tensor],
         rows: int,
         scratch_row: int,
         limit: int,
         device: torch.device,
+        sharded: bool,
     ) -> None:
-        """execute: a layout to the packed output of its step. limit: query tokens of any step, and of its padding."""
+        """execute: a layout, and whether its rows are gathered whole, to the packed output of its step. limit: query
+        tokens of any step, and of its padding. sharded: whether ranks share the vocabulary."""
         self.execute, self.rows, self.scratch_row, self.device = execute, rows, scratch_row, device
         self.sizes = sorted({min(size, limit) for size in SIZES})
         self._inputs: dict[tuple[int, int], Tensor] = {}
         self._captured: dict[tuple[Shape, ...], _Captured] = {}
-        self.limit = limit
+        self.limit, self.sharded = limit, sharded
         if device.type == "cuda":
             # blocks of a pool are used again within one stream only
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -55,7 +58,9 @@ class Graphs:
     def shape(self, step: Step) -> Shape | None:
         """What decides which graph a step takes; None if it is too large for any."""
         size = self.size(int(step.segments[:, LENGTH].sum()))
-        return None if size is None else (size, bool(step.segments[:, LORA].any()))
+        if size is None:
+            return None
+        return size, bool(step.segments[:, LORA].any()), step.filtered and self.sharded
 
     def run(self, steps: Seq[Step]) -> Tensor:
         """Executes steps that have a shape, one after the other; the last one's output, valid until the next run."""
@@ -74,9 +79,10 @@ class Graphs:
         """What a server captures at its start: every size, with the adapter if there is one, and the rounds."""
         keys: list[tuple[Shape, ...]] = []
         for size in reversed(self.sizes):  # the largest first, whose memory the others use again
-            keys += [((size, lora),) for lora in ((False, True) if adapter else (False,))]
-            if size <= ROUND_TOKENS:
-                keys.append(((size, adapter), (size, False)))
+            for whole in (False, True) if self.sharded else (False,):
+                keys += [((size, lora, whole),) for lora in ((False, True) if adapter else (False,))]
+                if size <= ROUND_TOKENS:
+                    keys.append(((size, adapter, whole), (size, False, whole)))
         return keys
 
     def capture(self, key: tuple[Shape, ...]) -> None:
@@ -97,7 +103,9 @@ class Graphs:
         if self.size(self.limit) is None:
             packed = padded_layout(padding_step(), self.limit, self.rows, self.scratch_row)
             row = torch.zeros(1, dtype=torch.int64, device=self.device)
-            self.execute(unpack_layout(torch.from_numpy(packed).to(self.device), self.limit, row, False))
+            of = unpack_layout(torch.from_numpy(packed).to(self.device), self.limit, row, False)
+            for whole in (False, True) if self.sharded else (False,):
+                self.execute(of, whole)
 
     def holds(self, steps: Seq[Step]) -> bool:
         """Whether the steps can run as one without capturing anything first."""
@@ -106,13 +114,13 @@ class Graphs:
 
     def _body(self, key: tuple[Shape, ...]) -> Tensor:
         outputs = [
-            self.execute(unpack_layout(self._input(slot, size), size, None, lora))
-            for slot, (size, lora) in enumerate(key)
+            self.execute(unpack_layout(self._input(slot, size), size, None, lora), whole)
+            for slot, (size, lora, whole) in enumerate(key)
         ]
         return outputs[-1]
 
     def _fill(self, steps: Seq[Step], key: tuple[Shape, ...]) -> None:
-        for slot, (step, (size, _)) in enumerate(zip(steps, key, strict=True)):
+        for slot, (step, (size, _, _)) in enumerate(zip(steps, key, strict=True)):
             there = self._input(slot, size)
             packed = torch.from_numpy(padded_layout(step, size, there.shape[1], self.scratch_row))
             there.copy_(packed.pin_memory() if there.is_cuda else packed, non_blocking=True)

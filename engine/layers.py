@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig, RopeConfig
+from engine.tp import Group
 from kernels.activation import silu_mul
 from kernels.attention import AttentionPlan, ragged_attention
 from kernels.expand import Expanded
@@ -73,9 +74,10 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one layer. qkv: [(heads + 2 * kv_heads) * head_dim, hidden]. o: [hidden, heads * head_dim].
-    gate_up: [2 * intermediate, hidden]. down: [hidden, intermediate]. lora_a: [r, heads * head_dim] and lora_b:
-    [hidden, r], scaled, or None where the checkpoint has no adapter."""
+    """One rank's weights of one layer; heads and intermediate are its share. qkv: [(heads + 2 * kv_heads) * head_dim,
+    hidden]. o: [hidden, heads * head_dim]. gate_up: [2 * intermediate, hidden]. down: [hidden, intermediate]. lora_a:
+    [r, heads * head_dim] and lora_b: [hidden, r], scaled, or None where the checkpoint has no adapter. Products with o,
+    down and the adapter are partial sums."""
 
     input_norm: Tensor
     qkv: Weight
@@ -96,9 +98,10 @@ class Layer:
         batch: Expanded,
         config: ModelConfig,
         exact: bool,
+        group: Group,
     ) -> tuple[Tensor, Tensor]:
         """x: [T, hidden], what the layer before adds to the residual stream. kv: [pages, page_size, 2 * kv_heads,
-        head_dim]. Returns this layer's addition and the stream before it."""
+        head_dim]. config: one rank's share. Returns this layer's addition and the stream before it."""
         x, residual = add_rms_norm(x, residual, self.input_norm, config.rms_norm_eps)
         qkv = linear(x, *self.qkv, exact=exact).view(x.shape[0], -1, config.head_dim)
         q = rope_and_store(qkv, rope.cos, rope.sin, rope.scale, kv, batch.slots, config.num_heads)
@@ -106,6 +109,6 @@ class Layer:
         x = linear(attended, *self.o, exact=exact)
         if batch.gate is not None and self.lora_a is not None and self.lora_b is not None:
             x = gated_lora_add(x, attended, self.lora_a, self.lora_b, batch.gate)
-        x, residual = add_rms_norm(x, residual, self.post_norm, config.rms_norm_eps)
+        x, residual = add_rms_norm(group.sum(x), residual, self.post_norm, config.rms_norm_eps)
         inner = silu_mul(linear(x, *self.gate_up, exact=exact))
-        return linear(inner, *self.down, exact=exact), residual
+        return group.sum(linear(inner, *self.down, exact=exact)), residual

@@ -6,12 +6,12 @@ import math
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
 import torch
 
+from engine.asking import Asking
 from engine.config import EngineConfig, ModeChoice
 from engine.cost_model import (
     BUDGET_SECONDS,
@@ -22,12 +22,10 @@ from engine.cost_model import (
     read_or_measure,
     store,
 )
-from engine.device import device_name, kv_tokens, use_device
+from engine.device import use_device
 from engine.engine import Engine, EngineStatus
-from engine.executor import Executor, LocalExecutor
+from engine.executor import Executor, LocalExecutor, phase
 from engine.request import Delta, EngineError, Request
-from engine.runner import load_model
-from engine.selfcheck import check_graphs, check_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -52,26 +50,25 @@ class _Stream:
 
 
 class EngineLoop:
-    """Loads a checkpoint and serves it until closed. `phases` holds the seconds of each part of the start."""
+    """Has a checkpoint loaded and serves it until closed. `phases` holds the seconds of each part of the start."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Raises CheckpointError if the checkpoint cannot be served."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor_factory: Callable[[EngineConfig], Executor] = LocalExecutor.load,
+        asking: Asking | None = None,
+    ) -> None:
+        """executor_factory: starts what executes the steps. asking: how the engine gets drafts that are drawn
+        elsewhere, if at all. Raises CheckpointError if the checkpoint cannot be served, and whatever else the factory
+        raises."""
         torch.set_num_threads(config.threads)
         self.device = config.device
         use_device(self.device)
-        self.phases: dict[str, float] = {}
-        with self._phase("load the checkpoint"):
-            model = load_model(config)
-        with self._phase("set up the engine"):
-            config = replace(config, kv_tokens=kv_tokens(config, model.config))
-            executor = LocalExecutor(model, config)
-            self.engine = Engine(config, executor)
-        with self._phase("check and capture the kernels"):
-            check_kernels(executor.runner)
-            executor.runner.capture()
-            check_graphs(executor.runner)
-        with self._phase("measure step costs"):
-            self.cost_model = self.engine.cost_model = step_costs(config, executor)
+        executor = executor_factory(config)
+        self.phases = dict(executor.phases)
+        self.engine = Engine(executor.config, executor, asking)
+        with phase(self.phases, "measure step costs"):
+            self.cost_model = self.engine.cost_model = step_costs(executor)
         self.model = self.engine.model_config
         self.max_model_len = self.engine.max_model_len
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: close
@@ -82,12 +79,6 @@ class EngineLoop:
         self._round = time.monotonic()  # when the thread last went round; inf while it waits for work
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.phases[name] = time.perf_counter() - start
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta]:
         """The request's deltas as they are committed, until one has a finish reason. Leaving early aborts it.
@@ -136,9 +127,10 @@ class EngineLoop:
         return replace(self.engine.status(), error=self._error)
 
     def close(self) -> None:
-        """Stops the thread; requests still running get no more tokens."""
+        """Stops the thread and the executor; requests still running get no more tokens."""
         self._commands.put(None)
         self._thread.join()
+        self.engine.executor.close()
         store(self.engine.config.cost_file, self.cost_model)
 
     def _add(self, request: Request, stream: _Stream) -> None:
@@ -243,13 +235,13 @@ class EngineLoop:
             self._streams.pop(request_id, None)
 
 
-def step_costs(config: EngineConfig, executor: Executor) -> CostModel:
+def step_costs(executor: Executor) -> CostModel:
     """Reads or measures what steps cost on an executor that serves nobody yet."""
-    model = executor.model_config
+    config, model = executor.config, executor.model_config
 
     def measured() -> CostModel:
         timer = StepTimer(lambda step: executor.run([step]), config, model)
         return measure(timer, *timer.grid(), BUDGET_SECONDS[torch.device(config.device).type], key)
 
-    key = conditions(device_name(config.device), config, model)
+    key = conditions(executor.device_name, config, model)
     return read_or_measure(config.cost_file, key, measured)

@@ -6,6 +6,7 @@ from torch import Tensor
 from engine.batch import Layout
 from engine.config import ModelConfig
 from engine.layers import Layer, Weight, rope_table
+from engine.tp import Alone, Group
 from kernels.attention import AttentionPlan, Ragged, plan_attention
 from kernels.expand import Expanded
 from kernels.linear import linear
@@ -13,14 +14,23 @@ from kernels.norm import add_rms_norm
 
 
 class Model:
-    """Weights and rotary tables of one rank. positions: how many the tables cover."""
+    """Weights and rotary tables of one rank. config: the whole model's geometry; share: this rank's."""
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Tensor], positions: int, exact: bool = False
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        positions: int,
+        exact: bool = False,
+        group: Group | None = None,
     ) -> None:
-        """weights: as `load_weights` names them; the layers' are taken out. exact: on a GPU a token's logits do not
-        depend on the other tokens of its step, to the bit."""
+        """weights: the rank's, as `load_weights` names them; the layers' are taken out. positions: how many the rotary
+        tables cover. exact: on a GPU a token's logits do not depend on the other tokens of its step, to the bit. group:
+        the ranks that share the model; None: there is one."""
         self.config, self.exact = config, exact
+        self.group: Group = group or Alone()
+        self.share = config.share(self.group.size)
+        self.vocab_start = self.group.rank * (config.vocab_size // self.group.size)
         self.embedding = weights["encoder.embed_tokens.weight"]
         self.norm = weights["encoder.norm.weight"]
         self.output = weights["diffusion_head.weight"]
@@ -34,7 +44,7 @@ class Model:
 
     def plan(self, batch: Expanded, layout: Layout, pages: Tensor, page_size: int) -> AttentionPlan:
         """What the attention of every layer needs to know of a batch. pages: the page table of all rows."""
-        segments, known, config = layout.segments, layout.known, self.config
+        segments, known, config = layout.segments, layout.known, self.share
         ragged = Ragged(
             segments.first,
             segments.length,
@@ -52,18 +62,30 @@ class Model:
         )
 
     def forward(self, batch: Expanded, kv: Tensor, attention: AttentionPlan) -> Tensor:
-        """Runs all query tokens. kv: [layers, pages, page_size, 2 * kv_heads, head_dim], read and written.
+        """Runs all query tokens. kv: [layers, pages, page_size, 2 * kv_heads, head_dim] of the rank, read and written.
         Returns the normalised hidden states, [T, hidden]."""
         rope = self.rope.at(batch.positions)
-        x, residual = self.embedding[batch.token_ids], None
+        x, residual = self._embed(batch.token_ids), None
         for layer, cache in zip(self.layers, kv.unbind(), strict=True):
-            x, residual = layer.forward(x, residual, cache, rope, attention, batch, self.config, self.exact)
+            x, residual = layer.forward(
+                x, residual, cache, rope, attention, batch, self.share, self.exact, self.group
+            )
         return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of the given rows: [R, hidden] to [R, vocab], float32 at least."""
+        """Logits of the given rows: [R, hidden] to [R, vocab / ranks], float32 at least, of the tokens from vocab_start
+        on."""
         wide = torch.float32 if self.dtype is torch.bfloat16 else None
         return linear(hidden, self.output, out_dtype=wide, exact=self.exact)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """Embeddings of [T] tokens, [T, hidden]: of each, one rank has it and the others add zeros."""
+        if self.group.size == 1:
+            return self.embedding[token_ids]
+        local = token_ids - self.vocab_start
+        own = self.embedding[local.clamp(0, len(self.embedding) - 1)]
+        absent = (local < 0) | (local >= len(self.embedding))
+        return self.group.sum(own.masked_fill_(absent[:, None], 0))
 
 
 def _layer(weights: dict[str, Tensor], index: int) -> Layer:

@@ -38,8 +38,9 @@ class Request:
 class DecodeStats:
     """How an answer was decoded. `forwards` counts the steps in which the sequence had a segment and `tokens` what they
     committed; neither has the prefill, nor the first token, which comes from it. `cached_tokens` counts those of the
-    prompt that needed no prefill, since the cache had their KV. `resumed` counts the engines that the answer outlived;
-    all else is of the last engine, and of those that handed it over in order."""
+    prompt that needed no prefill, since the cache had their KV. `drafted_elsewhere` counts the rounds whose drafts or
+    canvas a draft stage drew, with forwards that are not among `forwards`. `resumed` counts the engines that the answer
+    outlived; all else is of the last engine, and of those that handed it over in order."""
 
     modes: tuple[str, ...] = ()
     forwards: int = 0
@@ -49,6 +50,7 @@ class DecodeStats:
     denoise_passes: int = 0
     canvases: int = 0
     cached_tokens: int = 0
+    drafted_elsewhere: int = 0
     resumed: int = 0
 
 

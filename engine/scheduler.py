@@ -5,9 +5,9 @@ Obeys the controller, asks modes for segments, counts query tokens, grants pages
 
 from bisect import insort
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ModeName
 from engine.controller import decide
 from engine.modes import MODES, Mode
 from engine.pages import PagePool
@@ -18,8 +18,11 @@ from engine.sequence import Sequence
 class Scheduler:
     """Waiting sequences in order of arrival, running ones with those first that the last step did not serve."""
 
-    def __init__(self, config: EngineConfig, block_length: int) -> None:
-        self.config, self.block_length = config, block_length
+    def __init__(
+        self, config: EngineConfig, block_length: int, stage: Callable[[Mode], Mode] | None = None
+    ) -> None:
+        """stage: what to make of every mode, if anything."""
+        self.config, self.block_length, self.stage = config, block_length, stage
         self.pool = PagePool(config.kv_tokens // config.page_size, config.page_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -82,9 +85,13 @@ class Scheduler:
             if decided == sequence.decided:
                 continue
             name, block_length = sequence.decided = decided
-            mode: Mode = MODES[name].of(sequence, self.config, block_length)
+            mode = self._mode(name, sequence, block_length)
             sequence.wanted = None if mode == sequence.mode else mode
         return decision.prefill_tokens
+
+    def _mode(self, name: ModeName, sequence: Sequence, block_length: int) -> Mode:
+        mode: Mode = MODES[name].of(sequence, self.config, block_length)
+        return mode if self.stage is None else self.stage(mode)
 
     def _start_waiting(self) -> None:
         wanted = -1  # by the running sequences; summed up only for one that would fit without them
@@ -139,10 +146,11 @@ class Scheduler:
         mode, segment = sequence.mode, sequence.last  # the next is like the last
         if mode is None:
             name, block_length = decide([sequence], False, self.config, self.block_length).modes[0]
-            mode, segment = MODES[name].of(sequence, self.config, block_length), None
+            mode, segment = self._mode(name, sequence, block_length), None
         if segment is None:
             segment = mode.plan(sequence)
-        upto = max(len(sequence.tokens), sequence.max_context) + (segment.query_tokens if segment else 0)
+        own = segment.query_tokens if segment else self.block_length  # of one that waits for its drafts
+        upto = max(len(sequence.tokens), sequence.max_context) + own
         return self.pool.missing(held, upto)
 
     def _plan(self, sequence: Sequence) -> Segment | None:

@@ -45,7 +45,9 @@ class Segment:
 
     `mode` planned it; prefill chunks are the scheduler's own and have none. `commits` is the most tokens that settling
     can commit, `drafted` how many drafts it verifies. `restart` voids first what stands after the seed token.
-    `threshold` and `steps` belong to DENOISE; `lora` says that the draft adapter is on.
+    `threshold` and `steps` belong to DENOISE; `lora` says that the draft adapter is on. `ahead` tokens are run by an
+    earlier segment of the same step, which keeps their KV, so that this one's context starts after them. `drafts` were
+    drawn elsewhere, and stand behind the seed token when the segment runs; they come at a seam with nothing in flight.
     """
 
     sequence: "Sequence"
@@ -59,10 +61,17 @@ class Segment:
     threshold: float = 0.0
     steps: int = 0
     lora: bool = False
+    ahead: int = 0
+    drafts: tuple[int, ...] = ()
 
     @property
     def query_tokens(self) -> int:
         return self.block * (self.block + 1) if self.pattern is Pattern.QUADRATIC else self.block
+
+    def edits(self) -> list[tuple[int, int, int]]:
+        """Where the drafts go: (row, column, token)."""
+        behind = len(self.sequence.tokens)
+        return [(self.sequence.row, behind + index, token) for index, token in enumerate(self.drafts)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,9 +67,9 @@ def _logits(runner: Runner) -> Tensor:
     own = BLOCK * (BLOCK + 1)
     rows = _fill(runner, 3, own)
     mixed = [
-        (0, 1, 1, Pattern.CAUSAL, Settle.SAMPLE, 1, 0, 0, 0),
-        (1, BLOCK, BLOCK, Pattern.CANVAS, Settle.DENOISE, 0, 0, int(runner.adapter), 0),
-        (2, own, BLOCK, Pattern.QUADRATIC, Settle.VERIFY, BLOCK, 0, 0, 0),
+        (0, 1, 1, Pattern.CAUSAL, Settle.SAMPLE, 1, 0, 0, 0, 0),
+        (1, BLOCK, BLOCK, Pattern.CANVAS, Settle.DENOISE, 0, 0, int(runner.adapter), 0, 0),
+        (2, own, BLOCK, Pattern.QUADRATIC, Settle.VERIFY, BLOCK, 0, 0, 0, 0),
     ]
     return _forward(runner, _step(mixed[:rows])).clone()
 
@@ -79,9 +79,11 @@ def _round(runner: Runner, together: bool) -> tuple[Tensor, Tensor]:
     block = min(DRAFTED, runner.canvas)
     rows = _fill(runner, 2, 3 * block)
     lora = int(runner.adapter)
-    draft = _step([(row, block, block, Pattern.CANVAS, Settle.DENOISE, 0, 0, lora, 1) for row in range(rows)])
+    draft = _step(
+        [(row, block, block, Pattern.CANVAS, Settle.DENOISE, 0, 0, lora, 1, 0) for row in range(rows)]
+    )
     verify = _step(
-        [(row, block, block, Pattern.CAUSAL, Settle.VERIFY, block, 0, 0, 0) for row in range(rows)]
+        [(row, block, block, Pattern.CAUSAL, Settle.VERIFY, block, 0, 0, 0, 0) for row in range(rows)]
     )
     for steps in ([draft, verify],) if together else ([draft], [verify]):
         runner.run(steps).committed()
@@ -99,7 +101,7 @@ def _fill(runner: Runner, wanted: int, own: int) -> int:
     row, column = np.mgrid[:rows, :held].reshape(2, -1)
     text = np.random.default_rng(0).integers(0, config.vocab_size - 1, (rows, context + 1))
     text[text == config.mask_id] = config.vocab_size - 1
-    prefill = [(row, context, context, Pattern.CAUSAL, Settle.KEEP, 0, 0, 0, 0) for row in range(rows)]
+    prefill = [(row, context, context, Pattern.CAUSAL, Settle.KEEP, 0, 0, 0, 0, 0) for row in range(rows)]
     filling = replace(
         _step(prefill),
         grants=np.column_stack((row, column, row * held + column)),

@@ -5,6 +5,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from engine.config import ModeChoice, ModeName, SamplingParams
+from engine.drafts import DraftState
 from engine.pages import page_key, salt_key
 from engine.request import DecodeStats, Request
 
@@ -53,6 +54,8 @@ class Sequence:
         self.modes_used: list[str] = []
         self.forwards = self.decoded = 0
         self.drafted = self.accepted = self.denoise_passes = self.canvases = 0
+        self.draft = DraftState()
+        self.drafted_elsewhere = 0
         self._keys: list[bytes] = []
 
     @property
@@ -133,4 +136,5 @@ class Sequence:
             self.denoise_passes,
             self.canvases,
             self.cached_tokens or 0,
+            self.drafted_elsewhere,
         )

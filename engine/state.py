@@ -55,9 +55,12 @@ class Tables:
         )
 
     def update(self, step: Step) -> None:
-        """Fills the rows of sequences that start and enters newly granted pages."""
+        """Fills the rows of sequences that start, writes the host's tokens and enters newly granted pages."""
         if len(step.rows):
             self._start(step)
+        if len(step.edits):
+            row, column, token = to_device(step.edits.T, self.device)
+            self.tokens[row, column] = token
         if len(step.grants):
             row, column, page = to_device(step.grants.T, self.device)
             self.pages[row, column] = page

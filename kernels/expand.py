@@ -1,8 +1,9 @@
 """A step's segments, expanded at once into what the model reads of every query token.
 
-A segment is `block` tokens of a row of the device tables, from its first uncached one; a quadratic one has also `block`
-groups of `block` masks. Query token i of a segment writes its key and value to slot `context + i`. It sees the whole
-context and, inside its segment, key j iff `j < upto` or `lo <= j < hi`.
+A segment is `block` tokens of a row of the device tables, from its first uncached one, or from `ahead` tokens behind it
+where an earlier segment of the step runs those causally; a quadratic one has also `block` groups of `block` masks.
+Query token i of a segment writes its key and value to slot `context + i`. It sees the whole context and, inside its
+segment, key j iff `j < upto` or `lo <= j < hi`.
 """
 
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class Segments(NamedTuple):
     steps: Tensor
     lora: Tensor  # 1: with the draft adapter
     restart: Tensor  # 1: void what stands behind the seed token first
+    ahead: Tensor  # uncached tokens of the row that an earlier segment of this step keeps
     first: Tensor  # query token it begins at
     logit: Tensor  # row of the logits of its first query token, were there one
     threshold: Tensor
@@ -40,7 +42,8 @@ class Known(NamedTuple):
 
     lengths: list[int]  # [S]
     patterns: frozenset[int]
-    restarts: Tensor | None  # rows that restart; None if there are none
+    restarts: Tensor | None  # [2, N] rows that restart, and tokens ahead; None if there are none
+    ahead: bool  # whether any segment has tokens ahead
     owner: Tensor  # [T] segment of the token
     offset: Tensor  # [T] index of the token in its segment
     row: Tensor  # [T] row of the device tables
@@ -102,6 +105,7 @@ def expand(
         segments.pattern,
         segments.lora,
         segments.restart,
+        segments.ahead,
         segments.first,
         tokens,
         cached,
@@ -153,11 +157,14 @@ def expand_reference(
     """As `expand`, in torch."""
     assert known is not None
     if known.restarts is not None:
-        behind = cached[known.restarts, None] + torch.arange(1, canvas, device=tokens.device)
-        tokens[known.restarts[:, None], behind] = mask_id
-        passes[known.restarts] = 0
+        row, ahead = known.restarts
+        behind = (cached[row] + ahead)[:, None] + torch.arange(1, canvas, device=tokens.device)
+        tokens[row[:, None], behind] = mask_id
+        passes[row] = 0
     owner, offset, block = known.owner, known.offset, known.block
     context = cached[segments.row]
+    if known.ahead:
+        context = context + segments.ahead
     slot = context[owner] + offset
     page = pages[known.row, slot // page_size]
     token_ids = tokens[known.row, slot]
@@ -191,6 +198,7 @@ def _expand_kernel(
     pattern_ptr,
     lora_ptr,
     restart_ptr,
+    ahead_ptr,
     first_ptr,
     tokens_ptr,
     cached_ptr,
@@ -213,7 +221,7 @@ def _expand_kernel(
     segment = tl.program_id(0)
     length = tl.load(length_ptr + segment)
     row = tl.load(row_ptr + segment)
-    context = tl.load(cached_ptr + row)
+    context = tl.load(cached_ptr + row) + tl.load(ahead_ptr + segment)
     tl.store(context_ptr + segment, context)
     if length == 0:
         tl.store(open_ptr + segment, 0)

@@ -51,7 +51,8 @@ def settle(
     said: [R] int64, the token that each row of the logits chose; sure: [R], its confidence, read where a canvas is
     denoised. tokens: [rows, length] int64, cached, passes: [rows] int64, the device tables, are written. width: of
     the longest block, in tokens. Returns [S, 1 + W] int64: how many tokens each segment committed, then the tokens,
-    of which so many hold.
+    of which so many hold. Behind the 0 of a draft, or of a canvas that stays open, stand its tokens after the pass, but
+    for the seed token.
     """
     if not on_triton(tokens):
         assert parts is not None
@@ -118,8 +119,9 @@ def settle_reference(
             outputs.append(_denoise(part, before, opened, said, sure, tokens, cached, passes, mask_id))
         else:  # canvases of masks, filled in one pass and verified in the next step
             drafted = part.logits[:, 1:]
-            tokens[part.row[:, None], before[:, None] + drafted - part.logits[:, :1]] = said[drafted]
-            outputs.append(_nothing(part))
+            drafts = said[drafted]
+            tokens[part.row[:, None], before[:, None] + drafted - part.logits[:, :1]] = drafts
+            outputs.append(F.pad(drafts, (1, 0)))
     if len(outputs) == 1:
         return outputs[0]
     columns = max(output.shape[1] for output in outputs)
@@ -240,6 +242,7 @@ def _settle_kernel(
         drawn = tl.load(said_ptr + logit + column, mask=behind_seed, other=-1)
         if tl.load(commits_ptr + segment) == 0:
             tl.store(line + column, drawn, mask=behind_seed)
+            tl.store(out + column, drawn, mask=behind_seed)
         else:
             canvas = tl.load(line + column, mask=inside, other=-1)
             confidence = tl.load(sure_ptr + logit + column, mask=behind_seed, other=0.0)
@@ -255,6 +258,7 @@ def _settle_kernel(
             if is_open:
                 tl.store(line + column, after, mask=inside)
                 tl.store(line + block, mask_id)
+                tl.store(out + column, after, mask=behind_seed)
                 tl.store(passes_ptr + row, done + 1)
             else:
                 seed = tl.load(said_ptr + logit + block - 1)

@@ -91,10 +91,11 @@ def summarise(
     mask_id: int,
     vocab_start: int,
 ) -> Tensor:
-    """What `combine` has to know of each chunk of a shard of the vocabulary, [R, chunks, FIELDS] float32.
+    """What `combine` has to know of each chunk of a shard of the vocabulary, [R, chunks, FIELDS] float32; plain torch
+    keeps float64.
 
-    logits: [R, V] of the tokens from vocab_start on, both multiples of CHUNK if the vocabulary is sharded: shards'
-    summaries side by side are then, bit for bit, the summary of the whole. row, position: [R] int64. limit: [R], the
+    logits: [R, V] of the tokens from vocab_start on. Where V is a multiple of CHUNK, shards' summaries side by side
+    are, bit for bit, the summary of the whole. row, position: [R] int64. limit: [R], the
     lowest logit that a row's filters keep.
 
     Of each chunk: its highest logit; the sum of exp(logit - highest); and of the token with the highest
@@ -137,7 +138,8 @@ def summarise_reference(
 ) -> Tensor:
     """All chunks at once, the last one padded with impossible tokens."""
     rows, vocab_size = logits.shape
-    x = F.pad(logits.float(), (0, -vocab_size % CHUNK), value=float("-inf"))
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    x = F.pad(logits.to(wide), (0, -vocab_size % CHUNK), value=float("-inf"))
     token = torch.arange(vocab_start, vocab_start + x.shape[1], device=x.device)
     x = x.masked_fill(token == mask_id, float("-inf")).view(rows, -1, CHUNK)
     highest = x.amax(-1)
@@ -151,11 +153,11 @@ def summarise_reference(
     score, at = torch.where(temperature > 0, noisy, below).max(-1)
     chosen = token.view(-1, CHUNK).expand_as(x).gather(-1, at[:, :, None])[:, :, 0]
     logit = x.gather(-1, at[:, :, None])[:, :, 0]
-    return torch.stack((highest, below.exp().sum(-1), score, chosen.float(), logit), -1)
+    return torch.stack((highest, below.exp().sum(-1), score, chosen.to(wide), logit), -1)
 
 
 def combine(summary: Tensor, row: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Tokens [R] int64 and confidence [R] float32 from a summary [R, chunks, FIELDS] of a whole vocabulary.
+    """Tokens [R] int64 and confidence [R] from a summary [R, chunks, FIELDS] of a whole vocabulary, in its dtype.
 
     Chunks are merged in their order. row: [R] int64, rows of `sampling`.
     """

@@ -34,7 +34,7 @@ from engine.config import DiffusionParams, EngineConfig, ModelConfig, ModeName, 
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.model import Model
-from engine.output import StepOutput
+from engine.output import HostOutput
 from engine.request import DecodeStats, Request
 from engine.runner import load_model
 from engine.segment import Settle
@@ -177,12 +177,13 @@ class NoExecutor:
     """Executes nothing, and says at once that up to four tokens of each draft stand, and all of a canvas every second
     time: the least that a canvas takes is a pass and its commit."""
 
-    has_adapter = True
+    has_adapter, device_name = True, "none"
 
-    def __init__(self, geometry: ModelConfig) -> None:
-        self.model_config, self.seconds, self.committing = geometry, 0.0, False
+    def __init__(self, geometry: ModelConfig, config: EngineConfig) -> None:
+        self.model_config, self.config, self.phases = geometry, config, dict[str, float]()
+        self.seconds, self.committing = 0.0, False
 
-    def run(self, steps: Sequence[Step]) -> StepOutput:
+    def run(self, steps: Sequence[Step]) -> HostOutput:
         start, step = time.thread_time(), steps[-1]
         count = torch.from_numpy(step.segments[:, COMMITS])
         settle = torch.from_numpy(step.segments[:, SETTLE])
@@ -192,7 +193,10 @@ class NoExecutor:
             count = torch.where(settle == Settle.DENOISE, 0, count)
         tokens = torch.full((len(count), int(count.max())), self.model_config.bos_id)
         self.seconds += time.thread_time() - start
-        return StepOutput(torch.cat((count[:, None], tokens), 1))
+        return HostOutput(torch.cat((count[:, None], tokens), 1))
+
+    def close(self) -> None:
+        pass
 
 
 def scheduler_cost(geometry: ModelConfig, sequences: int = 256, steps: int = 200) -> list[SchedulerRow]:
@@ -211,7 +215,7 @@ def scheduler_cost(geometry: ModelConfig, sequences: int = 256, steps: int = 200
     sampling = SamplingParams(max_tokens=32 * (steps + 20), ignore_eos=True)
     rows: list[SchedulerRow] = []
     for mode, waiting in itertools.product(get_args(ModeName), (0, 1)):
-        executor = NoExecutor(geometry)
+        executor = NoExecutor(geometry, config)
         engine = Engine(config, executor)
         for index, prompt in enumerate(prompts):
             engine.add(Request(f"{index}", prompt, sampling, mode))

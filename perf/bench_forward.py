@@ -31,7 +31,7 @@ from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.loop import EngineLoop
 from engine.model import Model
-from engine.output import StepOutput
+from engine.output import HostOutput
 from engine.request import Request
 from engine.runner import Runner, load_model
 from engine.segment import Pattern
@@ -363,7 +363,7 @@ class ForcedExecutor(LocalExecutor):
         super().__init__(model, config)
         self.tokens, self.rounds = tokens, 0
 
-    def run(self, steps: Sequence[Step]) -> StepOutput:
+    def run(self, steps: Sequence[Step]) -> HostOutput:
         for step in steps:
             output = self.runner.run([step])
             segments = step.segments

@@ -22,7 +22,7 @@ from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.fp8 import dequantise
 from engine.model import Model
-from engine.output import StepOutput
+from engine.output import HostOutput
 from engine.request import DecodeStats, Request
 from engine.segment import Pattern
 from engine.step import PATTERN, ROW, Step
@@ -41,10 +41,10 @@ class DraftedElsewhere(LocalExecutor):
         super().__init__(model, config)
         self.drafter = LocalExecutor(drafter, config).runner
 
-    def run(self, steps: Sequence[Step]) -> StepOutput:
+    def run(self, steps: Sequence[Step]) -> HostOutput:
         return [self._run(step) for step in steps][-1]
 
-    def _run(self, step: Step) -> StepOutput:
+    def _run(self, step: Step) -> HostOutput:
         output = super().run([step])
         self.drafter.run([step])
         ours, theirs = self.runner.tables, self.drafter.tables

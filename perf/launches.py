@@ -32,7 +32,7 @@ def engine_launches(size: str, tokens: Iterable[int], exact: bool = False, fp8: 
         for count in tokens:
             segments = torch.empty(FIELDS, min(count, config.max_running) + 1, dtype=torch.int64, device=META)
             for lora in (False, True):
-                runner.graphs.execute(unpack_layout(segments, count, None, lora))
+                runner.graphs.execute(unpack_layout(segments, count, None, lora), False)
     return launches
 
 

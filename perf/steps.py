@@ -34,7 +34,7 @@ def _step(
 ) -> Step:
     segments = np.zeros((rows, COLUMNS), np.int64)
     for row in range(rows):
-        segments[row] = (row, block, block, pattern, settle, commits, 0, lora, restart)
+        segments[row] = (row, block, block, pattern, settle, commits, 0, lora, restart, 0)
     nothing = np.empty((0, 0), np.int64)
     return Step(
         segments=segments,
@@ -43,6 +43,7 @@ def _step(
         rows=nothing,
         sampling=np.empty((0, 0), np.float64),
         tokens=np.empty(0, np.int64),
+        edits=nothing,
         greedy=True,
         filtered=False,
         confident=settle is Settle.DENOISE and commits > 0,

@@ -19,6 +19,12 @@ from engine.config import BLOCK_LENGTHS, EngineConfig
 from serve_app import limits
 
 BUNDLED_CHECKPOINT = EngineConfig().checkpoint
+BLOCK_PLACES = tuple(
+    f"{engine}.{place}"
+    for engine in ("engine", "draft.engine")
+    for place in ("block_length", "diffusion.block_length")
+)
+AGREED = ("checkpoint", "load_format", "block_length", "max_model_len")  # between engine and draft.engine
 
 
 class ConfigError(ValueError):
@@ -61,6 +67,14 @@ class ServeConfig(_Section):
     metrics_port: int = 9101
 
 
+class DraftConfig(_Section):
+    """The draft pool of a staged application."""
+
+    replicas: int = 1
+    patience_seconds: float = 0.25  # that an answer may take; later ones are drawn by who asked
+    engine: EngineConfig = Field(default_factory=EngineConfig)  # what is not set here is as in `engine`
+
+
 class AppConfig(_Section):
     """The whole application. Unknown keys are errors at every level."""
 
@@ -68,16 +82,18 @@ class AppConfig(_Section):
     server: ServerConfig = ServerConfig()
     serve: ServeConfig = ServeConfig()
     replicas: int = 1  # of the engine
+    topology: Literal["colocated", "staged"] = "colocated"  # staged: drafts are drawn by a pool of their own
+    draft: DraftConfig = DraftConfig()  # for the staged topology
     ar_mode: bool = False  # another way to say engine.default_mode: ar
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_keys(cls, raw: Any) -> Any:
+    def _read_keys(cls, raw: Any) -> Any:
         # Here and not in pydantic's own message, so that whoever validates gets the suggestion.
         unknown = list(_unknown_keys(cls, raw, ""))
         if unknown:
             raise ValueError("; ".join(unknown))
-        return raw
+        return _inherited(raw) if isinstance(raw, Mapping) and raw.get("topology") == "staged" else raw
 
     @model_validator(mode="after")
     def _check_bounds(self) -> "AppConfig":
@@ -85,13 +101,25 @@ class AppConfig(_Section):
             value = _at(self, place)
             if not least <= value <= most:
                 raise ValueError(f"{place} must be between {least} and {most}, not {value}")
-        for place in ("engine.block_length", "engine.diffusion.block_length"):
+        for place in BLOCK_PLACES:
             if _at(self, place) not in (0, *BLOCK_LENGTHS):
                 raise ValueError(f"{place} must be 0 or one of {BLOCK_LENGTHS}, not {_at(self, place)}")
         if self.ar_mode and self.engine.default_mode not in ("auto", "ar"):
             raise ValueError(f"ar_mode contradicts engine.default_mode: {self.engine.default_mode}")
+        for place, engine in self.engines.items():
+            if engine.tensor_parallel > 1 and engine.device not in ("cpu", "cuda"):
+                raise ValueError(
+                    f"{place}.device must be cpu or cuda with {place}.tensor_parallel above 1, not {engine.device}: "
+                    "each rank has a GPU of its own"
+                )
         if self.engine.weights == "fp8":
             raise ValueError("engine.weights: fp8 may only draft, and this engine answers; use 'checkpoint'")
+        if self.topology == "colocated" and self.draft != DraftConfig():
+            raise ValueError("draft is for topology: staged")
+        for name in AGREED if self.topology == "staged" else ():
+            ours, theirs = getattr(self.engine, name), getattr(self.draft.engine, name)
+            if ours != theirs:
+                raise ValueError(f"draft.engine.{name} must be as in engine, {ours!r}, not {theirs!r}")
         return self
 
     @property
@@ -102,6 +130,20 @@ class AppConfig(_Section):
         if Path(self.engine.checkpoint) == Path(BUNDLED_CHECKPOINT):
             return "triserve-tiny"
         return short_name(self.engine.checkpoint)
+
+    @property
+    def engines(self) -> dict[str, EngineConfig]:
+        """The configurations of all kinds of engines that run, by their places."""
+        return {"engine": self.engine} | (
+            {"draft.engine": self.draft.engine} if self.topology == "staged" else {}
+        )
+
+    @property
+    def draft_canvases(self) -> bool:
+        """Whether the draft pool draws the canvases that the engine would; drafts may be worse, since they are
+        verified."""
+        drafter = self.draft.engine
+        return drafter.weights == "checkpoint" and drafter.dtype == self.engine.dtype
 
     @property
     def effective_engine(self) -> EngineConfig:
@@ -165,6 +207,25 @@ def ray_environment(config: AppConfig) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(config.serve.metrics_port),
         }
     return environment
+
+
+def _inherited(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with what `engine` sets under draft.engine, where that does not set it. What is no section is left for
+    the validation of its place to refuse."""
+    draft = raw.get("draft", {})
+    if not isinstance(draft, Mapping):
+        return raw
+    engine, own = _keys(raw.get("engine", {})), _keys(draft.get("engine", {}))
+    if engine is None or own is None:
+        return raw
+    return {**raw, "draft": {**draft, "engine": {**engine, **own}}}
+
+
+def _keys(section: Any) -> dict[str, Any] | None:
+    """What a section sets; None if it is none."""
+    if isinstance(section, EngineConfig):
+        return dataclasses.asdict(section)
+    return dict(section) if isinstance(section, Mapping) else None
 
 
 def _at(value: Any, place: str) -> Any:

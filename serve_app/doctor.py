@@ -118,9 +118,12 @@ def _checkpoint(config: AppConfig) -> str:
 
 def _memory(config: AppConfig) -> str:
     _, model = check_checkpoint(config)
-    weights = WIDTH[config.engine.dtype] * sum(map(math.prod, expected_shapes(model).values()))
-    cache = config.engine.kv_tokens * token_bytes(config.engine, model)
-    on_host = weights + cache if config.engine.device == "cpu" else 0
+    parameters = sum(map(math.prod, expected_shapes(model).values()))
+    on_host = sum(
+        WIDTH[engine.dtype] * parameters + engine.kv_tokens * token_bytes(engine, model)
+        for engine in config.engines.values()
+        if engine.device == "cpu"
+    )
     available = _available_bytes()
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else None
     if available < SERVER_BYTES + on_host:

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, Depl
 
 from cluster.fleet import Fleet, fleets
 from engine.request import EngineError, Request
-from serve_app.chunk import Chunk
+from serve_app.chunks import Chunk
 from serve_app.engine_replica import pack
 from serve_app.errors import ApiError
 from serve_app.journal import Journal

@@ -10,9 +10,10 @@ from typing import Any
 
 from ray import serve
 
+from engine.asking import Asking
 from engine.config import DiffusionParams, EngineConfig, SamplingParams
 from engine.request import Delta, EngineError, Request, Slo
-from serve_app.chunk import Chunk
+from serve_app.chunks import Chunk
 from serve_app.termination import on_sigterm
 
 BEATS = 4  # signs of life in the time after which an engine counts as hung
@@ -30,11 +31,15 @@ class EngineReplica:
     Raises CheckpointError if the checkpoint cannot be served.
     """
 
-    def __init__(self, config: EngineConfig, heartbeat: float, patience: float) -> None:
+    def __init__(
+        self, config: EngineConfig, heartbeat: float, patience: float, asking: Asking | None = None
+    ) -> None:
+        """asking: how the engine gets drafts that are drawn elsewhere, if at all."""
         # Not at the top: the ingress and the command line import this module and must not pay for torch.
         from engine.loop import EngineLoop
+        from serve_app.replica_executor import make_executor
 
-        self._engine = EngineLoop(config)
+        self._engine = EngineLoop(config, make_executor, asking)
         self._heartbeat, self._patience = heartbeat, patience
         self._name = serve.get_replica_context().replica_id.unique_id
         self._streams = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.request import DecodeStats
 from serve_app.answer import Answer
-from serve_app.chunk import Chunk
+from serve_app.chunks import Chunk
 from serve_app.engine_client import EngineClient
 from serve_app.errors import ApiError
 
@@ -147,5 +147,6 @@ def _decode_usage(stats: Sequence[DecodeStats]) -> dict[str, Any]:
         "drafted": sum(each.drafted for each in stats),
         "accepted": sum(each.accepted for each in stats),
         "denoise_passes": sum(each.denoise_passes for each in stats),
+        "drafted_elsewhere": sum(each.drafted_elsewhere for each in stats),
         "resumed": sum(each.resumed for each in stats),
     }

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.request import DecodeStats, Request
-from serve_app.chunk import Chunk
+from serve_app.chunks import Chunk
 
 SUSPECT = 4  # suspicion from which on a request runs alone
 RAN = 2  # suspicion for each engine that died under a running request

@@ -27,6 +27,10 @@ INLINE_SIZE = 16 * KIB  # bodies and texts up to here are handled on the event l
 # Configuration: (least, most) of a number, by its place in AppConfig.
 CONFIG: dict[str, tuple[float, float]] = {
     "replicas": (1, 1024),
+    "engine.tensor_parallel": (1, 64),
+    "engine.rendezvous_port": (0, 65535),
+    "engine.rendezvous_seconds": (1, 24 * 3600),
+    "engine.placement_seconds": (1, 24 * 3600),
     "engine.threads": (1, 256),
     "engine.page_size": (1, 1024),
     "engine.kv_tokens": (0, 2**40),
@@ -37,6 +41,8 @@ CONFIG: dict[str, tuple[float, float]] = {
     "engine.ridge_tokens": (0, 2**20),
     "engine.diffusion.threshold": (0, 1),
     "engine.diffusion.steps": (0, DENOISE_STEPS),
+    "draft.replicas": (1, 1024),
+    "draft.patience_seconds": (0.001, 60),
     "server.port": (1, 65535),
     "server.ingress_replicas": (1, 256),
     "server.max_body_bytes": (KIB, 256 * MIB),
@@ -54,6 +60,7 @@ CONFIG: dict[str, tuple[float, float]] = {
     "serve.stats_port": (1, 65535),
     "serve.metrics_port": (1, 65535),
 }
+CONFIG |= {f"draft.{place}": bounds for place, bounds in CONFIG.items() if place.startswith("engine.")}
 
 # `triserve plan`: (least, most) of an option. As many one-GPU replicas as this allows are as many as may be configured.
 PLAN = {

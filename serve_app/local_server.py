@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import local_folder
-from engine.config import CheckpointError, ModelConfig
+from engine.config import CheckpointError, EngineConfig, ModelConfig
 from engine.tokenizer import Tokenizer
 from serve_app.config import AppConfig, logging_config, ray_environment
 
@@ -112,7 +112,7 @@ class LocalServer:
 
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, self.config.replicas),
+            num_cpus=max(os.cpu_count() or 1, _cpus(self.config)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -168,6 +168,14 @@ class LocalServer:
                 return
 
 
+def _cpus(config: AppConfig) -> int:
+    """What all engines ask Ray for: a replica one, and half a one for each of several ranks."""
+    drafters = (
+        config.draft.replicas * config.draft.engine.tensor_parallel if config.topology == "staged" else 0
+    )
+    return config.replicas * config.engine.tensor_parallel + drafters
+
+
 def _import_ray() -> None:
     """Pays for the imports at one place, so that the other phases tell of their own work."""
     import ray.serve  # noqa: F401
@@ -206,22 +214,30 @@ def check_checkpoint(config: AppConfig) -> tuple[Path, ModelConfig]:
 
 
 def check_device(config: AppConfig) -> None:
-    """Raises StartError if the engine's device is none, or cannot do what is asked of it."""
-    engine = config.engine
+    """Raises StartError if an engine's device is none, or cannot do what is asked of it."""
+    for place, engine in config.engines.items():
+        _check_device(place, engine)
+
+
+def _check_device(place: str, engine: EngineConfig) -> None:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", engine.device):
-        raise StartError(f"engine.device must be cpu, cuda or cuda:<number>, not {engine.device}")
+        raise StartError(f"{place}.device must be cpu, cuda or cuda:<number>, not {engine.device}")
     if engine.device == "cpu":
         if not engine.kv_tokens:
-            raise StartError("engine.kv_tokens: 0 stands for a GPU's free memory; give a number on a CPU")
+            raise StartError(f"{place}.kv_tokens: 0 stands for a GPU's free memory; give a number on a CPU")
         if engine.exact:
             raise StartError(
-                "engine.exact is a property of the GPU kernels; a CPU's dtype float64 has no ties"
+                f"{place}.exact is a property of the GPU kernels; a CPU's dtype float64 has no ties"
             )
         return
     import torch  # not at the top: nobody else here needs it
 
     if not torch.cuda.is_available():  # Ray would wait for one
-        raise StartError(f"engine.device is {engine.device}, but torch {torch.__version__} sees no GPU here")
+        raise StartError(f"{place}.device is {engine.device}, but torch {torch.__version__} sees no GPU here")
+    if engine.tensor_parallel > torch.cuda.device_count():
+        raise StartError(
+            f"{place}.tensor_parallel is {engine.tensor_parallel}, but torch sees {torch.cuda.device_count()} GPUs here"
+        )
 
 
 def check_port(host: str, port: int) -> None:

@@ -106,7 +106,7 @@ def _cell(speed: Speed) -> str:
     return f"{speed.tokens_per_second:,.0f}{block}"
 
 
-def _bundles(bundles: list[dict[str, int]]) -> str:
+def _bundles(bundles: list[dict[str, float]]) -> str:
     return f"{len(bundles)} x {json.dumps(bundles[0])}"
 
 

@@ -68,14 +68,19 @@ class ServerProcess:
 
     def processes(self) -> dict[int, str]:
         """The command lines, by process id, of all that this server has started and that still runs."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
-            except OSError:
-                continue
-        return found
+        return marked_processes(self.mark)
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """The command lines, by process id, of all that run with a mark in the environment they were started in."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
+        except OSError:
+            continue
+    return found
 
 
 def free_port() -> int:

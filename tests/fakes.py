@@ -2,7 +2,9 @@
 
 import json
 import random
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +12,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.asking import Asking
 from engine.config import EngineConfig, ModelConfig, RopeConfig, Sizes
+from engine.drafter import Drafter
+from engine.drafts import Answer, Ask, DraftSource
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.model import Model
-from engine.output import StepOutput
+from engine.output import HostOutput
 from engine.request import Delta, Request
+from engine.runner import Runner
 from engine.segment import Pattern
-from engine.shapes import expected_shapes
+from engine.shapes import expected_shapes, share
 from engine.step import BLOCK, PATTERN, ROW, Step
+from engine.tp import Group
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where the Triton kernels are tested
 torch.set_num_threads(1)  # more threads than idle cores only wait for each other
@@ -39,6 +46,7 @@ TOY = ModelConfig(
     eos_ids=(3,),
     rope=RopeConfig(1e4, 16.0, 16, 32.0, 1.0, 1.0, 0.1),
 )
+WIDE = replace(TOY, num_heads=8, num_kv_heads=4, head_dim=4)  # what four ranks can share
 TOY_ENGINE = EngineConfig(dtype="float64", page_size=4, kv_tokens=2048, max_running=8, max_batch_tokens=160)
 
 
@@ -68,16 +76,111 @@ def random_weights(
     return weights
 
 
-def toy_model(seed: int, config: EngineConfig, geometry: ModelConfig = TOY, adapter: bool = True) -> Model:
-    """A random model in the engine's dtype."""
+def toy_model(
+    seed: int,
+    config: EngineConfig,
+    geometry: ModelConfig = TOY,
+    adapter: bool = True,
+    group: Group | None = None,
+) -> Model:
+    """A random model in the engine's dtype, or a rank's share of it."""
     sizes, dtype = Sizes.of(config, geometry), getattr(torch, config.dtype)
-    return Model(geometry, random_weights(geometry, seed, dtype, adapter), sizes.max_model_len + sizes.slack)
+    weights = random_weights(geometry, seed, dtype, adapter)
+    if group is not None:
+        for name, whole in weights.items():
+            stored = name if name.endswith(".weight") else f"{name}.weight"
+            index = share(stored, tuple(whole.shape), group.rank, group.size)
+            weights[name] = whole[index].clone(memory_format=torch.contiguous_format)
+    return Model(geometry, weights, sizes.max_model_len + sizes.slack, config.exact, group)
 
 
-def toy_engine(seed: int = 0, adapter: bool = True, **settings: object) -> Engine:
-    """An engine on a random model; settings replace those of TOY_ENGINE."""
+def toy_engine(
+    seed: int = 0, adapter: bool = True, geometry: ModelConfig = TOY, **settings: object
+) -> Engine:
+    """An engine on a random model, on as many ranks as the settings say, which replace those of TOY_ENGINE."""
     config = replace(TOY_ENGINE, **settings)  # type: ignore[arg-type]
-    return Engine(config, LocalExecutor(toy_model(seed, config, adapter=adapter), config))
+    return Engine(config, toy_executor(seed, config, geometry, adapter))
+
+
+def toy_executor(
+    seed: int, config: EngineConfig, geometry: ModelConfig = TOY, adapter: bool = True
+) -> "LocalExecutor | ThreadedExecutor":
+    """A random model on as many ranks as the configuration says."""
+    if config.tensor_parallel == 1:
+        return LocalExecutor(toy_model(seed, config, geometry, adapter), config)
+    groups = thread_groups(config.tensor_parallel)
+    models = [toy_model(seed, config, geometry, adapter, group) for group in groups]
+    return ThreadedExecutor(groups, models, config)
+
+
+class ThreadGroup:
+    """A rank of several that are threads of one process and take turns, so that their kernels may share an interpreter
+    that knows of no threads. Sums are made in rank order."""
+
+    def __init__(
+        self, rank: int, parts: list[list[Tensor]], barrier: threading.Barrier, turn: threading.Lock
+    ) -> None:
+        """parts: two lists of a tensor per rank, used in turn, since a rank may be one exchange ahead."""
+        self.rank, self.size = rank, len(parts[0])
+        self._parts, self._barrier, self._turn, self._exchanges = parts, barrier, turn, 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        first, *others = self._exchange(x)
+        total = first.clone()
+        for part in others:
+            total += part
+        return total
+
+    def gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self._exchange(x), 1)
+
+    def work(self, runner: Runner, steps: Sequence[Step]) -> HostOutput:
+        """Runs a rank's steps while it is its turn."""
+        with self._turn:
+            try:
+                return runner.run(steps)
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+    def _exchange(self, x: Tensor) -> list[Tensor]:
+        parts = self._parts[self._exchanges % 2]
+        self._exchanges += 1
+        parts[self.rank] = x
+        self._turn.release()
+        try:
+            self._barrier.wait(60)
+        finally:
+            self._turn.acquire()
+        return list(parts)
+
+
+def thread_groups(size: int) -> list[ThreadGroup]:
+    parts = [[torch.empty(0)] * size for _ in range(2)]
+    barrier, turn = threading.Barrier(size), threading.Lock()
+    return [ThreadGroup(rank, parts, barrier, turn) for rank in range(size)]
+
+
+class ThreadedExecutor:
+    """All ranks of a model in this process. Asserts that they commit the same."""
+
+    def __init__(self, groups: Sequence[ThreadGroup], models: Sequence[Model], config: EngineConfig) -> None:
+        self.model_config, self.has_adapter, self.config = models[0].config, models[0].has_adapter, config
+        self.device_name, self.phases = "threads", dict[str, float]()
+        self.groups, self.runners = groups, [Runner(model, config) for model in models]
+        self._threads = ThreadPoolExecutor(len(groups))
+
+    def run(self, steps: Sequence[Step]) -> HostOutput:
+        runs = [
+            self._threads.submit(group.work, runner, steps)
+            for group, runner in zip(self.groups, self.runners, strict=True)
+        ]
+        first, *others = [run.result() for run in runs]
+        assert all(first.committed() == other.committed() for other in others)
+        return first
+
+    def close(self) -> None:
+        self._threads.shutdown()
 
 
 class DrafterExecutor(LocalExecutor):
@@ -87,7 +190,7 @@ class DrafterExecutor(LocalExecutor):
         super().__init__(model, config)
         self.drafter = drafter
 
-    def run(self, steps: Sequence[Step]) -> StepOutput:
+    def run(self, steps: Sequence[Step]) -> HostOutput:
         tables = self.runner.tables
         for step in steps:
             output = super().run([step])
@@ -186,3 +289,46 @@ def write_checkpoint(folder: Path, config: ModelConfig, seed: int = 0, adapter: 
             if name not in names
         }
         save_file(tensors, lora / "adapter_model.safetensors")
+
+
+class DrafterBeside:
+    """A drafter in the same process, one step whenever it is polled. Tests overwrite its methods to misbehave."""
+
+    def __init__(self, drafter: Drafter, peer: bytes = b"") -> None:
+        self.drafter, self.peer = drafter, peer
+        self.answers: list[Answer] = []
+
+    def send(self, asks: Sequence[Ask], dropped: Sequence[int]) -> None:
+        for key in dropped:
+            self.drafter.drop(self.peer, key)
+        for ask in asks:
+            self.drafter.add(self.peer, ask)
+
+    def poll(self) -> list[Answer]:
+        if not self.drafter.idle:
+            self.answers += [answer for _, answer in self.drafter.step()]
+        answers, self.answers = self.answers, []
+        return answers
+
+    def wait(self, seconds: float) -> None:
+        pass
+
+
+def toy_drafter(seed: int = 0, adapter: bool = True, **settings: object) -> Drafter:
+    """A drafter on the random model of that seed; settings replace those of TOY_ENGINE."""
+    config = replace(TOY_ENGINE, **settings)  # type: ignore[arg-type]
+    return Drafter(config, toy_executor(seed, config, adapter=adapter))
+
+
+def staged_engine(source: DraftSource, seed: int = 0, patience: float = 3600.0, **settings: object) -> Engine:
+    """An engine on a random model whose drafts `source` draws."""
+    config = replace(TOY_ENGINE, **settings)  # type: ignore[arg-type]
+    return Engine(config, toy_executor(seed, config), Asking(source, patience))
+
+
+def check_drafter_is_empty(drafter: Drafter) -> None:
+    """Nothing is followed, and no page or row is held."""
+    status = drafter.status()
+    assert status.followed == status.asks == 0 and status.free_pages == status.total_pages
+    drafter.pool.check([])
+    assert sorted(drafter._rows) == list(range(drafter.config.max_running))

@@ -27,7 +27,7 @@ from engine.config import MODES, DiffusionParams, EngineConfig, ModelConfig, Sam
 from engine.request import DecodeStats, Delta, EngineError, Request
 from engine.tokenizer import Tokenizer
 from serve_app.answer import Answer
-from serve_app.chunk import Chunk
+from serve_app.chunks import Chunk
 from serve_app.engine_client import EngineClient
 from serve_app.engine_replica import EngineReplica, pack, unpack
 from serve_app.generation import Generation

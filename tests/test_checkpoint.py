@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from conftest import free_port
-from engine.checkpoint import local_folder, short_name
+from engine.checkpoint import fingerprint, local_folder, short_name
 from engine.config import CheckpointError, EngineConfig, ModelConfig
 from fakes import TOY, write_checkpoint
 from serve_app.cli import main
@@ -244,3 +245,28 @@ def test_a_geometry_that_cannot_be_is_refused(tmp_path: Path, key: str, value: o
 def test_a_name_that_no_file_system_takes_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         local_folder("x" * 5000)
+
+
+def test_a_fingerprint_tells_checkpoints_apart_by_any_file_and_names_no_place(tmp_path: Path) -> None:
+    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+    for folder, seed in ((first, 1), (second, 1), (other, 2)):
+        folder.mkdir()
+        write_checkpoint(folder, TOY, seed)
+    same = fingerprint(first)
+    assert same == fingerprint(second) != fingerprint(other)
+    (second / "config.json").write_text((first / "config.json").read_text() + " ")
+    assert fingerprint(second) != same
+    weights = bytearray((first / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (first / "model.safetensors").write_bytes(weights)
+    assert fingerprint(first) != same
+
+
+def test_a_fingerprint_reads_little_of_a_large_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as sparse:
+        sparse.write((8).to_bytes(8, "little") + b"{}      ")
+        sparse.truncate(2**36)
+    start = time.perf_counter()
+    fingerprint(tmp_path)
+    assert time.perf_counter() - start < 1

@@ -292,7 +292,7 @@ def test_a_measurement_leaves_the_engines_answers_as_they_are() -> None:
         engine = Engine(config, executor)
         if measured:
             start = time.perf_counter()
-            model = step_costs(config, executor)
+            model = step_costs(executor)
             assert time.perf_counter() - start < 3 and model.seconds(1, 0) > 0
         modes: tuple[ModeName, ...] = ("ar", "diffusion", "linear_spec", "quadratic_spec")
         requests = [

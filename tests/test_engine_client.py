@@ -10,7 +10,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from engine.request import Request
-from serve_app.chunk import Chunk
+from serve_app.chunks import Chunk
 from serve_app.engine_client import EngineClient
 from serve_app.engine_replica import unpack
 from serve_app.errors import ApiError

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from engine.model import Model
 from engine.request import Request
 from engine.runner import Runner, load_model
 from engine.step import Step
+from engine.tp import Distributed
 from engine.weights import dummy_weights
 from fakes import generate
 from kernels.attention import Ragged, plan_attention, plan_attention_reference, ragged_attention
@@ -251,6 +253,18 @@ def test_symmetric_memory_adds_up(group: str) -> None:
     symmetric.rendezvous(x, group=group)
     x.copy_(torch.arange(5120.0))
     assert torch.equal(torch.ops.symm_mem.one_shot_all_reduce(x, "sum", group), x)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("exact", [False, True])
+def test_steps_whose_ranks_talk_are_captured_and_change_no_bit(model: Model, exact: bool) -> None:
+    assert dist.group.WORLD is not None
+    shared = copy.copy(model)
+    shared.group = Distributed(dist.group.WORLD, DTYPE, DEVICE, exact)
+    talking, alone = prepared(shared, 4, 100), prepared(model, 4, 100)
+    for _ in range(3):
+        for step in (draft_step(2, 32, lora=True), verify_step(3, 8)):
+            assert talking.run([step]).committed() == alone.run([step]).committed()
 
 
 @pytest.fixture(scope="module")

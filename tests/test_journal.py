@@ -3,7 +3,7 @@
 import dataclasses
 
 from engine.request import DecodeStats, Request
-from serve_app.chunk import Chunk
+from serve_app.chunks import Chunk
 from serve_app.journal import Journal
 
 REQUEST = Request("r", (1, 2))

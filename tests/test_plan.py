@@ -174,8 +174,8 @@ def test_the_printed_settings_are_a_configuration() -> None:
     made = plan(MODEL, "nvidia/x@" + "0" * 40, pool("gb200", 18), 8192, 64)
     raw = yaml.safe_load(yaml.safe_dump(made.settings))
     assert raw == made.settings and raw["engine"]["tensor_parallel"] == 1
-    known = {f"engine.{key}": value for key, value in raw["engine"].items() if key != "tensor_parallel"}
-    config = load(None, {**known, "replicas": raw["replicas"]})
+    given = {f"engine.{key}": value for key, value in raw["engine"].items()}
+    config = load(None, {**given, "replicas": raw["replicas"]})
     assert config.replicas == 72 and config.engine == made.engine
 
 

@@ -51,6 +51,10 @@ def test_a_file_sets_what_it_names_and_options_win(tmp_path: Path) -> None:
             "unknown key engine.diffusion.treshold (did you mean engine.diffusion.threshold?)",
         ),
         ({"serve": {"xyzzy": 1}}, "unknown key serve.xyzzy (known: proxy, "),
+        (
+            {"topology": "staged", "draft": {"engine": {"treads": 1}}},
+            "unknown key draft.engine.treads (did you mean draft.engine.threads?)",
+        ),
     ],
 )
 def test_an_unknown_key_is_an_error_with_a_suggestion(raw: dict[str, Any], sentence: str) -> None:
@@ -73,7 +77,25 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(raw: dict[str, Any], sente
             "ar_mode: true\nengine: {default_mode: diffusion}",
             "ar_mode contradicts engine.default_mode: diffusion",
         ),
+        (
+            "engine: {tensor_parallel: 2, device: 'cuda:1'}",
+            "engine.device must be cpu or cuda with engine.tensor_parallel above 1, not cuda:1",
+        ),
+        ("engine: {tensor_parallel: 0}", "engine.tensor_parallel must be between 1 and 64, not 0"),
         ("engine: {weights: fp8}", "engine.weights: fp8 may only draft, and this engine answers"),
+        ("draft: {replicas: 2}", "draft is for topology: staged"),
+        ("topology: both", "topology: Input should be 'colocated' or 'staged'"),
+        ("topology: staged\ndraft: {engine: {weights: fp9}}", "draft.engine.weights: Input should be"),
+        (
+            "topology: staged\ndraft: {engine: {checkpoint: other}}",
+            "draft.engine.checkpoint must be as in engine, ",
+        ),
+        (
+            "topology: staged\ndraft: {engine: {block_length: 5}}",
+            "draft.engine.block_length must be 0 or one",
+        ),
+        ("topology: staged\ndraft: 1", "draft: Input should be"),
+        ("topology: staged\ndraft: {engine: 1}", "draft.engine: "),
         ("- 1", "must hold a mapping"),
         ("server: [", "cannot read"),
     ],
@@ -94,11 +116,15 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", limits.CONFIG)
 def test_every_number_is_bounded(place: str) -> None:
     least, most = limits.CONFIG[place]
-    AppConfig.model_validate(nested(place, least))
-    AppConfig.model_validate(nested(place, most))
+    staged = {"topology": "staged"} if place.startswith("draft.") else {}
+    for value in (least, most):
+        raw = nested(place, value)
+        if place == "draft.engine.max_model_len":
+            raw |= nested("engine.max_model_len", value)  # they must agree
+        AppConfig.model_validate(staged | raw)
     for value in (least - 1, most + 1):
         with pytest.raises(ValidationError, match=place):
-            AppConfig.model_validate(nested(place, value))
+            AppConfig.model_validate(staged | nested(place, value))
 
 
 def test_no_number_is_forgotten_by_the_bounds() -> None:
@@ -113,8 +139,25 @@ def test_no_number_is_forgotten_by_the_bounds() -> None:
             return [found for name in fields for found in numbers(getattr(value, name), f"{place}{name}.")]
         return [place.removesuffix(".")] if type(value) in (int, float) else []
 
-    elsewhere = {"engine.block_length", "engine.diffusion.block_length", "engine.lag"}
+    of_engine = {"engine.block_length", "engine.diffusion.block_length", "engine.lag"}
+    elsewhere = of_engine | {f"draft.{place}" for place in of_engine}
     assert set(numbers(AppConfig(), "")) - elsewhere == set(limits.CONFIG)
+
+
+def test_a_draft_pools_engine_is_the_engine_but_for_what_it_sets() -> None:
+    raw = {
+        "topology": "staged",
+        "engine": {"kv_tokens": 4096, "threads": 2, "diffusion": {"steps": 3}},
+        "draft": {"replicas": 2, "engine": {"threads": 3, "weights": "fp8"}},
+    }
+    config = AppConfig.model_validate(raw)
+    assert config.draft.engine == EngineConfig(
+        kv_tokens=4096, threads=3, weights="fp8", diffusion=DiffusionParams(steps=3)
+    )
+    assert AppConfig.model_validate(config.model_dump()) == config
+    assert AppConfig.model_validate(config) == config
+    assert not config.draft_canvases and AppConfig(topology="staged").draft_canvases
+    assert AppConfig(topology="staged", engine=EngineConfig(threads=2)).draft.engine.threads == 2
 
 
 def test_ar_mode_is_another_word_for_the_default_mode() -> None:

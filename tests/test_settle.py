@@ -13,7 +13,8 @@ from torch import Tensor
 from engine.batch import known_layout, padded_layout, unpack_layout
 from engine.segment import Pattern, Settle
 from engine.state import Tables
-from engine.step import BLOCK, LENGTH, ROW, Step
+from engine.step import AHEAD, BLOCK, LENGTH, ROW, SETTLE, Step
+from engine.step import COLUMNS as COLUMNS_OF_SEGMENTS
 from fakes import DEVICE
 from kernels import expand as expansion
 from kernels import settle as settling
@@ -27,11 +28,13 @@ SCRATCH_PAGE = 500
 
 @dataclass(frozen=True)
 class Kind:
-    """What a segment does: pattern, settle operation, and the most it can commit, as a share of its block."""
+    """What a segment does: pattern, settle operation, and the most it can commit, as a share of its block; with a
+    trunk, a segment of the same row before it that keeps the tokens ahead of it."""
 
     pattern: Pattern
     settle: Settle
     commits: int
+    trunk: bool = False
 
 
 KINDS = (
@@ -39,6 +42,8 @@ KINDS = (
     Kind(Pattern.CAUSAL, Settle.SAMPLE, 1),
     Kind(Pattern.CANVAS, Settle.DENOISE, 0),
     Kind(Pattern.CANVAS, Settle.DENOISE, 1),
+    Kind(Pattern.CANVAS, Settle.DENOISE, 0, trunk=True),
+    Kind(Pattern.CANVAS, Settle.DENOISE, 1, trunk=True),
     Kind(Pattern.CAUSAL, Settle.VERIFY, 1),
     Kind(Pattern.QUADRATIC, Settle.VERIFY, 1),
 )
@@ -75,8 +80,13 @@ def random_step(chance: np.random.Generator, kinds: Sequence[Kind]) -> Step:
         steps, restart = int(chance.choice([0, 3])), int(chance.integers(2) and block > 1)
         if kind.pattern is Pattern.CAUSAL and kind.settle is not Settle.VERIFY:
             restart = 0
+        ahead = int(chance.integers(1, 6)) if kind.trunk else 0
+        if ahead:
+            restart = 1  # a block after new tokens begins with masks
+            segments.append((row, ahead, ahead, Pattern.CAUSAL, Settle.KEEP, 0, 0, 0, 0, 0))
+            thresholds.append(0.0)
         segments.append(
-            (row, length, block, kind.pattern, kind.settle, kind.commits * block, steps, lora, restart)
+            (row, length, block, kind.pattern, kind.settle, kind.commits * block, steps, lora, restart, ahead)
         )
         thresholds.append(float(chance.choice([0.0, 0.5, 0.9])))
     order = sorted(range(len(segments)), key=lambda i: (segments[i][4], segments[i][5] > 0, segments[i][1]))
@@ -87,6 +97,7 @@ def random_step(chance: np.random.Generator, kinds: Sequence[Kind]) -> Step:
         rows=np.zeros((0, 4), np.int64),
         sampling=np.zeros((0, 3)),
         tokens=np.zeros(0, np.int64),
+        edits=np.zeros((0, 3), np.int64),
         greedy=True,
         filtered=False,
         confident=False,
@@ -109,11 +120,18 @@ def on_device(tables: Tables) -> Tables:
 def test_the_kernels_expand_and_settle_as_torch_does(seed: int, kinds: list[Kind], padding: int) -> None:
     chance = np.random.default_rng(seed)
     step, tables = random_step(chance, kinds), random_tables(seed)
-    for row, block in step.segments[:, [ROW, BLOCK]].tolist():
-        tables.tokens[row, int(tables.cached[row]) + block :] = MASK  # nothing is drafted behind a block
+    for row, ahead in step.segments[step.segments[:, AHEAD] > 0][:, [ROW, AHEAD]].tolist():
+        tables.tokens[row, int(tables.cached[row]) : int(tables.cached[row]) + ahead + 1] = 9
+    for row, block, ahead in step.segments[step.segments[:, SETTLE] != Settle.KEEP][
+        :, [ROW, BLOCK, AHEAD]
+    ].tolist():
+        tables.tokens[row, int(tables.cached[row]) + ahead + block :] = (
+            MASK  # nothing is drafted behind a block
+        )
     there = on_device(tables)
     query_tokens = int(step.segments[:, LENGTH].sum())
-    size, count = query_tokens + padding, len(kinds) + (padding > 0)
+    asked = len(step.segments)
+    size, count = query_tokens + padding, asked + (padding > 0)
     plain = known_layout(step, torch.device("cpu"), torch.float32)
     packed = torch.from_numpy(padded_layout(step, size, count, ROWS)).to(DEVICE)
     padded = unpack_layout(packed, size, None, plain.lora)
@@ -153,9 +171,14 @@ def test_the_kernels_expand_and_settle_as_torch_does(seed: int, kinds: list[Kind
         ).cpu()  # fmt: skip
     check_tables(there, tables)
     assert packed_output.shape == (count, 1 + CANVAS)
-    assert (packed_output[len(kinds) :, 0] == 0).all()
-    for expected, actual in zip(committed.tolist(), packed_output.tolist(), strict=False):
+    assert (packed_output[asked:, 0] == 0).all()
+    settles = step.segments[:, [BLOCK, SETTLE]].tolist()
+    for (block, of), expected, actual in zip(
+        settles, committed.tolist(), packed_output.tolist(), strict=False
+    ):
         assert actual[: 1 + actual[0]] == expected[: 1 + expected[0]]
+        if of == Settle.DENOISE and not actual[0]:  # the draft, or the canvas as it stands after the pass
+            assert actual[1:block] == expected[1:block]
 
 
 def check_tables(there: Tables, here: Tables) -> None:
@@ -177,8 +200,9 @@ def test_a_step_of_nothing_but_padding_changes_nothing(padding: int) -> None:
     tables = random_tables(1)
     there = on_device(tables)
     empty = Step(
-        np.zeros((0, 9), np.int64), np.zeros(0), np.zeros((0, 3), np.int64), np.zeros((0, 4), np.int64),
-        np.zeros((0, 3)), np.zeros(0, np.int64), True, False, False,
+        np.zeros((0, COLUMNS_OF_SEGMENTS), np.int64), np.zeros(0), np.zeros((0, 3), np.int64),
+        np.zeros((0, 4), np.int64), np.zeros((0, 3)), np.zeros(0, np.int64), np.zeros((0, 3), np.int64), True, False,
+        False,
     )  # fmt: skip
     size = 1 + padding
     padded = unpack_layout(

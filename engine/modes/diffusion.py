@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from engine.config import EngineConfig, ModeName
+from engine.drafts import Wanted
 from engine.segment import Pattern, Segment, Settle, Settled
 from engine.sequence import Sequence
 
@@ -38,6 +39,15 @@ class Diffusion:
             threshold=self.threshold,
             steps=self.steps,
         )
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.block_length, True, self.threshold, self.steps)
+
+    def take(self, sequence: Sequence, drafts: tuple[int, ...]) -> Segment:
+        """A canvas without masks, which is run causally and committed."""
+        block = len(drafts) + 1
+        return Segment(sequence, self, block, Pattern.CANVAS, Settle.DENOISE, commits=block, drafts=drafts)
 
     def advance(self, sequence: Sequence, settled: Settled) -> list[int]:
         sequence.canvas_open = not settled.tokens

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from engine.config import EngineConfig, ModeName
+from engine.drafts import Wanted
 from engine.segment import Pattern, Segment, Settle, Settled
 from engine.sequence import Sequence
 
@@ -34,6 +35,16 @@ class LinearSpec:
             commits=0,
             restart=sequence.restart,
             lora=self.lora,
+        )
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.block_length)
+
+    def take(self, sequence: Sequence, drafts: tuple[int, ...]) -> Segment:
+        block = len(drafts) + 1
+        return Segment(
+            sequence, self, block, Pattern.CAUSAL, Settle.VERIFY, block, drafted=block - 1, drafts=drafts
         )
 
     def advance(self, sequence: Sequence, settled: Settled) -> list[int]:

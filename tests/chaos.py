@@ -100,7 +100,7 @@ class Shape:
         return AppConfig.model_validate(raw)
 
 
-SHAPES = {str(shape): shape for shape in (Shape(),)}
+SHAPES = {str(shape): shape for shape in (Shape(), Shape(2), Shape(staged=True), Shape(2, staged=True))}
 
 
 class ChaosCluster(ServerProcess):
@@ -110,7 +110,7 @@ class ChaosCluster(ServerProcess):
         super().__init__(free_port())
         self.shape = shape
         self.config = shape.config(self.port, heartbeat)
-        self.expected: dict[str, int] = {}  # replicas by role, once started
+        self.expected: dict[str, int] = {}  # replicas by role, and ranks, once started
         self._asking = threading.Lock()
         self._complaints = tempfile.TemporaryFile("w+")  # Ray has much to say about what is done to it here
 
@@ -120,6 +120,7 @@ class ChaosCluster(ServerProcess):
             self._read()
             for replica in self.replicas():
                 self.expected[replica["role"]] = self.expected.get(replica["role"], 0) + 1
+            self.expected["rank"] = len(self.pids("rank"))
         except BaseException:
             self.close()
             raise
@@ -236,11 +237,11 @@ class ChaosCluster(ServerProcess):
         alive = self.alive()
         if victim is not None and victim.pids & alive.keys():
             return False
-        running: dict[str, int] = {}
+        running = {"rank": len(self.pids("rank"))}
         for replica in self.replicas():
             if replica["state"] == "RUNNING" and replica["pid"] in alive:
                 running[replica["role"]] = running.get(replica["role"], 0) + 1
-        ready = self.ready()
+        ready = [each for each in self.ready().values() if not each["error"]]
         return (
             running == self.expected and len(ready) == self.config.replicas and bool(self.pids("controller"))
         )
@@ -612,7 +613,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Every fault against every shape of the server.")
     parser.add_argument("--shape", choices=SHAPES, action="append", help="only this one; may be repeated")
     parser.add_argument("--fault", choices=FAULTS, action="append", help="only this one; may be repeated")
-    parser.add_argument("--in-flight", type=int, default=30)
+    parser.add_argument("--in-flight", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=200, help="of each answer")
     parser.add_argument("--heartbeat", type=float, default=5.0, help="serve.heartbeat_seconds")
     parser.add_argument("--output", type=Path, help="where the outcomes are written as JSON")

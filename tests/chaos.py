@@ -89,7 +89,12 @@ class Shape:
         """Short blocks, which cost a CPU less. heartbeat: seconds of silence after which an engine counts as hung."""
         raw: dict[str, Any] = {
             "engine": {"block_length": 8, "quadratic_block_length": 4},
-            "server": {"port": port, "ingress_replicas": 2, "stream_interval_seconds": 0.05},
+            "server": {
+                "port": port,
+                "ingress_replicas": 2,
+                "ingress_per_node": 1,
+                "stream_interval_seconds": 0.05,
+            },
             "serve": {"heartbeat_seconds": heartbeat, "start_seconds": 120, "drain_seconds": 30},
             "replicas": 2,
         }

@@ -121,9 +121,13 @@ def source_of(*endpoints: Endpoint) -> Iterator[RemoteDrafts]:
 
 
 def use(source: RemoteDrafts, *endpoints: Endpoint) -> None:
-    """Waits until what is there is connected, as an engine that is idle does."""
+    """Waits until all that are there are connected, or, as some never will be, for a moment."""
     source.use(endpoints)
-    time.sleep(0.1)
+    source.send((), ())
+    deadline = time.monotonic() + 1
+    sockets = [server.socket for server in source._servers.values()]
+    while time.monotonic() < deadline and not all(socket.poll(0, zmq.POLLOUT) for socket in sockets):
+        time.sleep(0.01)
 
 
 def until(what: Any, seconds: float = 20.0) -> None:
@@ -246,7 +250,9 @@ def test_a_late_answer_does_not_stand_for_the_next_one() -> None:
         source.send([an_ask(1, [5, 6, 8, 9], 3, number=2)], ())
         until(lambda: server.status().drawn == 2)
         answers: list[Answer] = []
-        until(lambda: answers.extend(source.poll()) or answers)
+        while not answers:
+            source.wait(0.01)
+            answers = source.poll()
         assert [answer.number for answer in answers] == [2]
 
 

@@ -19,7 +19,7 @@ from engine.config import MODES
 HEARTBEAT = 2.0  # seconds
 TOKENS = 300
 
-pytestmark = pytest.mark.timeout(300)  # two engines start on a machine that may be busy
+pytestmark = pytest.mark.timeout(600)  # engines start, and start again, on a machine that may be busy
 ENGINE = "ray::ServeReplica:triserve:engine"
 
 
@@ -46,7 +46,7 @@ def engines(server: ServerProcess) -> list[int]:
 
 
 def client_of(server: ServerProcess) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=90, trust_env=False)
+    return httpx.Client(base_url=server.url, timeout=240, trust_env=False)
 
 
 def body_of(index: int, **fields: Any) -> dict[str, Any]:

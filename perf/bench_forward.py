@@ -314,7 +314,7 @@ def l1(bench: Bench) -> Iterator[Row]:
     tidy()
     cuda = bench.device.type == "cuda"
     config = replace(bench.config, kv_tokens=0) if cuda else bench.config
-    with patch("engine.loop.load_model", return_value=bench.model):
+    with patch("engine.executor.load_model", return_value=bench.model):
         loop = EngineLoop(config)
     try:
         said = asyncio.run(_streamed(loop, bench))

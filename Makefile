@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-long lint
+.PHONY: help setup serve test test-long chaos lint
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,3 +36,6 @@ test: lint  ## lint, then every test that takes seconds
 
 test-long: $(STAMP)  ## the tests that take minutes or need a GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m long --timeout=1800 --durations=10 --durations-min=1
+
+chaos: $(STAMP)  ## kill, stop and end every kind of process under load, and count what clients lost
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --output perf/results/chaos.json

@@ -1,53 +1,35 @@
-"""Which replica a request goes to: the less busy of two, among those that have been heard of lately."""
+"""Which replica a request goes to: the less busy of two, among those that have been heard of lately.
+
+Serve sends the router, and whatever this module defines, to other processes as a copy. So `fleets`, which it must share
+with the rest of a process, stands in a module of its own and is only ever reached through that.
+"""
 
 import random
 import time
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
-
-class Fleet:
-    """What this process has heard of a deployment's replicas, by their unique ids. Times in seconds."""
-
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
-        self._heard: dict[str, float] = {}
-        self._leaving: set[str] = set()
-
-    def hear(self, replica: str, now: float, leaving: bool = False) -> None:
-        """A replica whose engine makes steps, or has none to make, has said so; or that it is about to leave."""
-        self._heard[replica] = now
-        if leaving:
-            self._leaving.add(replica)
-
-    def meet(self, replica: str, now: float) -> None:
-        """A replica exists; its silence counts from the first time on."""
-        self._heard.setdefault(replica, now)
-
-    def keep(self, replicas: set[str]) -> None:
-        """Forgets all others."""
-        self._heard = {replica: heard for replica, heard in self._heard.items() if replica in replicas}
-        self._leaving &= replicas
-
-    def usable(self, replica: str, now: float) -> bool:
-        """Whether to send requests there."""
-        return replica not in self._leaving and now - self._heard.get(replica, now) <= self._patience
-
-
-fleets: dict[
-    str, Fleet
-] = {}  # of this process, by deployment: Serve makes the routers, and shows them to nobody
+from cluster import fleet as known
 
 
 class FreshRouter(FIFOMixin, RequestRouter):
-    """Power of two choices among usable replicas; among all, if none is."""
+    """Power of two choices among usable replicas; among all, if none is.
+
+    Counts of requests come from the replicas. Serve's own go wrong where there are several callers: an answer to one
+    counts the requests of all, of which it then sees only its own end; and looking after the replicas keeps such a
+    count from expiring.
+    """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
-        now, fleet = time.monotonic(), fleets.get(self._deployment_id.name)
+        now, fleet = time.monotonic(), known.fleets.get(self._deployment_id.name)
+        for replica in candidate_replicas:
+            load = None if fleet is None else fleet.take_load(replica.replica_id.unique_id)
+            if load is not None:
+                self.on_new_queue_len_info(replica.replica_id, load)
         fresh = [
             replica
             for replica in candidate_replicas
@@ -57,7 +39,7 @@ class FreshRouter(FIFOMixin, RequestRouter):
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        fleet, now = fleets.get(self._deployment_id.name), time.monotonic()
+        fleet, now = known.fleets.get(self._deployment_id.name), time.monotonic()
         if fleet is not None:
             fleet.keep({replica.replica_id.unique_id for replica in replicas})
             for replica in replicas:

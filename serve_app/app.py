@@ -41,9 +41,12 @@ def build(args: AppConfig) -> Application:
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         **common,
     )(VerifyStage if staged else EngineReplica)
+    per_node = args.server.ingress_per_node
+    spread: dict[str, Any] = {"max_replicas_per_node": per_node} if per_node else {}
     ingress = serve.deployment(
         name="ingress",
         num_replicas=args.server.ingress_replicas,
+        **spread,
         max_ongoing_requests=INGRESS_ONGOING,
         ray_actor_options={"num_cpus": 0},
         **common,

@@ -42,6 +42,9 @@ class ServerConfig(_Section):
     port: int = 8000
     model_name: str = ""  # empty: the checkpoint's, org/name or the folder's
     ingress_replicas: int = 1
+    ingress_per_node: int = (
+        0  # of them, at most, so that one node's end does not cut every connection; 0: any number
+    )
     max_body_bytes: int = 4 * limits.MIB
     default_max_tokens: int = 4096  # of a request that sets none; never more than its context leaves
     stream_interval_seconds: float = 0.01  # between a stream's chunks, where the engine is faster

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, DeploymentResponseGenerator
 
-from cluster.routing import Fleet, fleets
+from cluster.fleet import Fleet, fleets
 from engine.request import EngineError, Request
 from serve_app.chunks import Chunk
 from serve_app.engine_replica import pack
@@ -136,9 +136,8 @@ class EngineClient:
                 for reply in await self._broadcast("status", seconds=self._heartbeat / WATCHES):
                     if isinstance(reply, dict) and not reply["error"]:
                         # what counts is when the engine last made a step, not when its process said so
-                        self._fleet.hear(
-                            reply["replica"], time.monotonic() - reply["stalled"], reply["leaving"]
-                        )
+                        heard, load = time.monotonic() - reply["stalled"], reply["running"] + reply["waiting"]
+                        self._fleet.hear(reply["replica"], heard, reply["leaving"], load)
             except Exception:
                 logger.exception("cannot look after the engines")  # the next look may
             await asyncio.sleep(self._heartbeat / WATCHES)

@@ -45,6 +45,7 @@ CONFIG: dict[str, tuple[float, float]] = {
     "draft.patience_seconds": (0.001, 60),
     "server.port": (1, 65535),
     "server.ingress_replicas": (1, 256),
+    "server.ingress_per_node": (0, 100),
     "server.max_body_bytes": (KIB, 256 * MIB),
     "server.default_max_tokens": (1, MAX_TOKENS),
     "server.stream_interval_seconds": (0, 10),

@@ -183,7 +183,8 @@ class Pool(Handle):
 
 
 def status_of(replica: str, stalled: float = 0.0, error: str | None = None) -> dict[str, Any]:
-    return {"replica": replica, "stalled": stalled, "error": error, "leaving": False}
+    loads = {"running": 1, "waiting": 0}
+    return {"replica": replica, "stalled": stalled, "error": error, "leaving": False, **loads}
 
 
 async def test_what_counts_of_an_engine_are_its_steps_and_looking_goes_on_whatever_happens() -> None:

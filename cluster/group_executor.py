@@ -77,7 +77,10 @@ class GroupExecutor:
         self._hub.send(AGREED, json.dumps({"kv_tokens": self.config.kv_tokens}).encode())
         with phase(self.phases, "check and capture the kernels"):
             self._collect(READY)
-        self._started = True
+        with self._losing:
+            self._started = not self._lost
+        if not self._started:
+            raise RuntimeError(self._lost)
 
     def run(self, steps: Seq[Step]) -> GroupOutput:
         self._runs += 1
@@ -130,13 +133,20 @@ class GroupExecutor:
         """What every rank says of a kind, once."""
         deadline = None if seconds is None else time.monotonic() + seconds
         ranks = self.config.tensor_parallel
-        while missing := [str(rank) for rank in range(ranks) if (kind, rank) not in self._said]:
+        while missing := [rank for rank in range(ranks) if (kind, rank) not in self._said]:
             try:
                 rank, found, body = self._receive(deadline)
             except TimeoutError:
+                # who has come waits for those who have not, and is missing too
+                absent = [rank for rank in missing if rank not in self._hub.met]
+                what = (
+                    "these have not come"
+                    if absent
+                    else "which have all come, these have not found the others"
+                )
                 raise RuntimeError(
-                    f"of {ranks} ranks, these have not joined within {seconds:g} s (rendezvous_seconds): "
-                    + ", ".join(missing)
+                    f"of {ranks} ranks, {what} within {seconds:g} s (rendezvous_seconds): "
+                    + ", ".join(map(str, absent or missing))
                 ) from None
             self._said[found, rank] = body
         return [self._said[kind, rank] for rank in range(ranks)]

@@ -24,9 +24,16 @@ class Hub:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # what cannot be delivered raises
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
         self._socket.setsockopt(zmq.LINGER, CLOSE_MS)
-        self.address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
+        own = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
+        self._socket.setsockopt(zmq.IPV6, ":" in host)
+        self.address = f"{own}:{self._socket.bind_to_random_port(own)}"
         self._known: dict[bytes, int] = {}  # rank of each connection whose hello was right
         self._listening: dict[int, bytes] = {}  # connection on which each rank waits for messages
+
+    @property
+    def met(self) -> set[int]:
+        """The ranks that have said hello."""
+        return set(self._known.values())
 
     def send(self, kind: bytes, body: bytes = b"") -> None:
         """Sends to all ranks, which must have said hello. Raises ConnectionError if one is gone."""
@@ -37,14 +44,15 @@ class Hub:
                 raise ConnectionError(f"rank {rank} cannot be reached: {error}") from error
 
     def receive(self, seconds: float) -> tuple[int, bytes, bytes] | None:
-        """The next message of a rank, with its number; None if none comes in time."""
-        while self._socket.poll(int(1000 * seconds)):
-            connection, *parts = self._socket.recv_multipart()
-            if connection not in self._known:
-                self._greet(connection, parts)
-            elif len(parts) == 2:
-                return self._known[connection], parts[0], parts[1]
-        return None
+        """The next message of a rank, with its number; None if none comes in time, or something else does, so that no
+        stranger can keep the caller here."""
+        if not self._socket.poll(int(1000 * seconds)):
+            return None
+        connection, *parts = self._socket.recv_multipart()
+        if connection not in self._known:
+            self._greet(connection, parts)
+            return None
+        return (self._known[connection], parts[0], parts[1]) if len(parts) == 2 else None
 
     def close(self) -> None:
         self._socket.close()
@@ -71,6 +79,7 @@ class Spoke:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, CLOSE_MS)
+        self._socket.setsockopt(zmq.IPV6, address.startswith("tcp://["))
         self._socket.connect(address)
         self._socket.send_multipart([HELLO, token.encode(), str(rank).encode(), b"1" if listens else b"0"])
 

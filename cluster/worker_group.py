@@ -75,8 +75,14 @@ def start_group(config: EngineConfig, lost: Callable[[str], None]) -> GroupExecu
     def watch() -> None:
         refs = [worker.watch.remote() for worker in workers]
         ended, _ = ray.wait(refs, num_returns=1)
-        if not closing.is_set():
-            executor.lose(f"rank {refs.index(ended[0])} of {len(refs)} has ended")
+        if closing.is_set():
+            return
+        reason = f"rank {refs.index(ended[0])} of {len(refs)} has ended"
+        try:
+            ray.get(ended[0])
+        except ray.exceptions.RayError as error:
+            reason += f": {str(error).strip().splitlines()[-1].strip()}"  # Ray's last line says why
+        executor.lose(reason)
 
     try:
         bundle = bundle_of(config)

@@ -20,7 +20,7 @@ import pytest
 
 from cluster.frames import pack_output, unpack_steps
 from cluster.group_executor import GroupExecutor
-from cluster.link import Spoke
+from cluster.link import Hub, Spoke
 from cluster.rank import AGREED, FAILED, JOINED, OUTPUT, READY, REPORT, RUN, STOP, Invitation, Rank
 from engine.config import (
     CheckpointError,
@@ -53,14 +53,15 @@ class MadeUp(threading.Thread):
             "has_adapter": True,
             "kv_tokens": 1000,
         }
-        self.report |= {"torch": "2", "device": "none", "failure": None, "first": 1, **report}
+        self.report |= {"torch": "2", "device": "none", "failure": None, "joins": True, "first": 1, **report}
         self.rank, self.invitation, self.runs = rank, invitation, 0
         self.agreed: dict[str, int] = {}
         self.start()
 
     def run(self) -> None:
         spoke = Spoke(self.invitation.address, self.invitation.token, self.rank, listens=True)
-        spoke.send(JOINED)
+        if self.report["joins"]:
+            spoke.send(JOINED)
         if self.report["failure"]:
             spoke.send(FAILED, json.dumps({"checkpoint": True, "message": self.report["failure"]}).encode())
         spoke.send(REPORT, json.dumps(self.report).encode())
@@ -106,9 +107,31 @@ def test_ranks_agree_upon_the_smallest_cache_and_every_one_gets_every_run() -> N
 
 def test_ranks_that_do_not_come_are_named() -> None:
     with executor_of(replace(TWO, rendezvous_seconds=0.3)) as (executor, _):
-        MadeUp(0, executor.invitation)
-        with pytest.raises(RuntimeError, match=r"of 2 ranks, .* within 0.3 s \(rendezvous_seconds\): 1"):
+        MadeUp(0, executor.invitation, joins=False)  # it waits for the other
+        with pytest.raises(
+            RuntimeError, match=r"of 2 ranks, these have not come within 0.3 s \(rendezvous_seconds\): 1$"
+        ):
             executor.start()
+
+
+def test_ranks_that_do_not_find_each_other_are_named() -> None:
+    with executor_of(replace(TWO, rendezvous_seconds=0.5)) as (executor, _):
+        for rank in range(2):
+            MadeUp(rank, executor.invitation, joins=False)
+        with pytest.raises(
+            RuntimeError, match=r"have all come, .* not found the others within 0.5 s .*: 0, 1$"
+        ):
+            executor.start()
+
+
+def test_a_stranger_does_not_keep_a_caller_waiting() -> None:
+    hub = Hub(HOST, 1)
+    stranger = Spoke(hub.address, "no token", 0, listens=True)
+    start = time.monotonic()
+    assert hub.receive(20) is None and hub.met == set()  # so that the caller looks at its own deadline
+    assert time.monotonic() - start < 10
+    stranger.close()
+    hub.close()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +200,44 @@ def test_a_lost_rank_ends_a_wait_and_is_told_of_once() -> None:
         with pytest.raises(RuntimeError, match="rank 1 of 2 has ended"):
             executor.run([padding_step()])
         assert lost == ["rank 1 of 2 has ended"] and ranks[0].runs == 1
+
+
+def test_a_rank_that_is_lost_as_the_start_ends_fails_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    with executor_of() as (executor, lost):
+        for rank in range(2):
+            MadeUp(rank, executor.invitation)
+        collect = executor._collect
+
+        def collected(kind: bytes, seconds: float | None = None) -> list[bytes]:
+            said = collect(kind, seconds)
+            if kind == READY:
+                executor.lose("rank 1 of 2 has ended")
+            return said
+
+        monkeypatch.setattr(executor, "_collect", collected)
+        with pytest.raises(RuntimeError, match="rank 1 of 2 has ended"):
+            executor.start()
+        assert lost == []
+
+
+@pytest.mark.parametrize("host", [HOST, "::1"])
+def test_a_rank_is_met_under_addresses_of_both_families(host: str) -> None:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    hub = Hub(host, 1)
+    spoke = Spoke(hub.address, hub.token, 0, listens=True)
+    spoke.send(JOINED)
+    deadline = time.monotonic() + 10
+    while (message := hub.receive(0.1)) is None:
+        assert time.monotonic() < deadline
+    assert message == (0, JOINED, b"") and hub.met == {0}
+    hub.send(STOP)
+    assert spoke.receive() == (STOP, b"")
+    spoke.close()
+    hub.close()
 
 
 def test_outputs_in_the_wrong_order_are_noticed() -> None:

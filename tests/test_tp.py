@@ -2,13 +2,14 @@
 
 import random
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import tp
 from engine.config import DiffusionParams, EngineConfig, ModeChoice, ModelConfig, SamplingParams
 from engine.device import kv_tokens
 from engine.request import Request
@@ -115,3 +116,29 @@ def test_ranks_share_the_cache_and_the_memory_that_it_takes(monkeypatch: pytest.
 def test_a_rank_by_itself_does_not_pretend_to_be_two() -> None:
     with pytest.raises(ValueError, match="tensor_parallel: 2 needs as many ranks, and not 1"):
         load_model(EngineConfig(tensor_parallel=2))
+
+
+class Process:
+    """Stands for the process group of the last of three ranks."""
+
+    group_name = "made up"
+
+    def rank(self) -> int:
+        return 2
+
+    def size(self) -> int:
+        return 3
+
+
+def test_exact_sums_are_made_in_rank_order_and_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # in bfloat16 each of the small parts would be lost beside the large one, and the large ones cancel
+    first, second = torch.tensor([[256.0, 1e30]]).bfloat16(), torch.tensor([[0.75, 1.0]]).bfloat16()
+    own = torch.tensor([[0.75, -1e30]]).bfloat16()
+
+    def gathered(parts: torch.Tensor, x: torch.Tensor, group: object) -> None:
+        parts.copy_(torch.cat((first, second, x)))
+
+    monkeypatch.setattr(tp, "_all_gather", gathered)
+    group = tp.Distributed(cast(Any, Process()), torch.bfloat16, torch.device("cpu"), exact=True)
+    assert group.sum(own).tolist() == [[258.0, 0.0]]
+    assert group.gather(own).tolist() == [[*first[0].tolist(), *second[0].tolist(), *own[0].tolist()]]

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -17,7 +18,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from cluster.placement import DOMAIN_LABELS, PlacementError
-from cluster.worker_group import SEE_ALL, ordinal, start_group
+from cluster.worker_group import SEE_ALL, RankWorker, ordinal, start_group
 from conftest import MARK, marked_processes
 from engine.config import EngineConfig, SamplingParams
 from engine.engine import Engine
@@ -123,3 +124,14 @@ def test_a_rank_sees_all_gpus_and_is_told_which_is_its_own() -> None:
     own, visible = ray.get(ray.remote(seen).options(num_cpus=0, num_gpus=1, runtime_env=SEE_ALL).remote())
     assert len(own) == 1 and ordinal(own[0], visible) in (0, 1)
     assert visible is None or len(visible.split(",")) == 2
+
+
+@pytest.mark.usefixtures("domains")
+def test_a_rank_that_cannot_begin_says_why(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(RankWorker):
+        def __init__(self, *arguments: Any) -> None:
+            raise ValueError("'GPU-a' is not in list")
+
+    monkeypatch.setattr("cluster.worker_group.RankWorker", Broken)
+    with pytest.raises(RuntimeError, match="rank . of 2 has ended: ValueError: 'GPU-a' is not in list"):
+        start_group(config, print)

@@ -29,12 +29,15 @@ logger = logging.getLogger(__name__)
 class _Server:
     socket: "zmq.Socket[bytes]"
     keys: set[int] = field(default_factory=set)  # of its sequences
-    asked: dict[int, float] = field(default_factory=dict)  # when, by key, until answered
+    # by key, until answered: the last ask's number, and when the first one was sent that has had no answer
+    asked: dict[int, tuple[int, float]] = field(default_factory=dict)
     heard: float = 0.0
     shunned_until: float = 0.0
 
     def silent(self, now: float) -> bool:
-        return bool(self.asked) and now - max(self.heard, min(self.asked.values())) > SILENT_SECONDS
+        if not self.asked:
+            return False
+        return now - max(self.heard, min(since for _, since in self.asked.values())) > SILENT_SECONDS
 
 
 class RemoteDrafts:
@@ -52,10 +55,10 @@ class RemoteDrafts:
 
     def use(self, endpoints: Iterable[Endpoint]) -> None:
         """Says which servers there are now, and connects to new ones. One thread calls it, not the engine's."""
-        wanted = frozenset(endpoints)
-        for endpoint in wanted - self._wanted:
+        wanted, before = frozenset(endpoints), self._wanted
+        self._wanted = wanted  # first, or the engine's thread might take a new one for one that has gone
+        for endpoint in wanted - before:
             self._connected.put((endpoint, self._connect(endpoint)))
-        self._wanted = wanted
 
     def send(self, asks: Seq[Ask], dropped: Seq[int]) -> None:
         now = time.monotonic()
@@ -78,7 +81,8 @@ class RemoteDrafts:
                 batches.setdefault(server, ([], []))[0].append(ask)
         for server, (theirs, gone) in batches.items():
             for ask in theirs:
-                server.asked.setdefault(ask.key, now)
+                _, since = server.asked.get(ask.key, (0, now))
+                server.asked[ask.key] = ask.number, since
             try:
                 for part in _parts(theirs) or [[]]:
                     server.socket.send(pack_asks(part, gone), zmq.NOBLOCK)
@@ -87,14 +91,16 @@ class RemoteDrafts:
                 self._shun(server, now)
 
     def poll(self) -> list[Answer]:
-        answers, self._unsent = self._unsent, []
+        now, answers, self._unsent = time.monotonic(), self._unsent, []
         servers = {server.socket: server for server in self._servers.values()}
         for socket, _ in self._poller.poll(0):
             server = servers[socket]
-            server.heard = time.monotonic()
+            server.heard = now
             for answer in _received(server.socket):
-                # whatever else comes is no answer to anything that this server was asked
-                if server.asked.pop(answer.key, None) is not None:
+                # whatever else comes is late, or no answer to anything that this server was asked
+                number, _ = server.asked.get(answer.key, (None, now))
+                if number == answer.number:
+                    del server.asked[answer.key]
                     answers.append(answer)
         return answers
 

@@ -65,7 +65,7 @@ class Drafter:
         sizes = Sizes.of(config, model)
         self.pool = PagePool(config.kv_tokens // config.page_size, config.page_size)
         self.steps = self.drawn = self.declined = 0
-        self._longest, self._canvas = sizes.max_model_len + sizes.slack, sizes.block_length
+        self._longest, self._canvas = sizes.max_model_len, sizes.block_length
         self._rows = list(range(config.max_running - 1, -1, -1))
         self._followed: OrderedDict[Name, _Followed] = OrderedDict()  # asked about longest ago first
         self._asked: dict[Name, _Followed] = {}  # with an ask to answer, in their order
@@ -248,11 +248,11 @@ class Drafter:
 
     def _can(self, ask: Ask) -> bool:
         """Whether an ask could ever be answered here."""
-        model, last = self.model_config, ask.position + ask.wanted.block
+        model = self.model_config
         return (
             2 <= ask.wanted.block <= self._canvas
-            and ask.position >= 1
-            and last <= min(self._longest, self.pool.total * self.pool.page_size)
+            # a restart voids a whole canvas behind the seed token, however short its block
+            and 1 <= ask.position <= self._longest
             and all(0 <= token < model.vocab_size and token != model.mask_id for token in ask.tokens)
         )
 

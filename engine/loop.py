@@ -26,6 +26,7 @@ from engine.device import use_device
 from engine.engine import Engine, EngineStatus
 from engine.executor import Executor, LocalExecutor, phase
 from engine.request import Delta, EngineError, Request
+from engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,14 @@ class EngineLoop:
         self._streams: dict[str, _Stream] = {}
         self._error: str | None = None
         self._moving = False
-        self._announced = ""  # the request on probation that was announced last
+        self._announced: Sequence | None = None  # the one on probation whose start was announced last
         self._round = time.monotonic()  # when the thread last went round; inf while it waits for work
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta]:
-        """The request's deltas as they are committed, until one has a finish reason. Leaving early aborts it.
+        """The request's deltas as they are committed, until one has a finish reason. Leaving early aborts it. If a
+        request of that id is being served already, because whoever followed it comes back, the new one takes its place.
 
         Raises ValueError, the parameter's name first, if the request cannot be served, and EngineError if the engine
         dies.
@@ -100,7 +102,7 @@ class EngineLoop:
                 yield delta
         finally:
             if not ended:
-                self.abort(request.id)
+                self._commands.put(lambda: self._leave(request.id, stream))
 
     def abort(self, request_id: str) -> None:
         """Ends a request, whose stream then says so, and frees what it holds; ignored if it has ended."""
@@ -140,6 +142,7 @@ class EngineLoop:
         if self._moving:
             stream.put(Delta((), "moved"))
             return
+        self._abort(request.id)  # whoever followed it before has left, or is about to
         try:
             self.engine.add(request)
         except ValueError as error:
@@ -154,8 +157,14 @@ class EngineLoop:
         if delta is not None:
             self._deliver(request_id, delta)
 
+    def _leave(self, request_id: str, stream: _Stream) -> None:
+        if self._streams.get(request_id) is stream:
+            self._abort(request_id)
+
     def _hand_over(self) -> None:
         self._moving = True
+        if self._error is not None:
+            return
         for request_id in list(self.engine.sequences):
             delta = self.engine.abort(request_id, "moved")
             assert delta is not None
@@ -200,10 +209,9 @@ class EngineLoop:
         scheduler = self.engine.scheduler
         if scheduler.running or not scheduler.waiting or not scheduler.waiting[0].request.alone:
             return
-        request_id = scheduler.waiting[0].request.id
-        if request_id != self._announced:
-            self._announced = request_id
-            self._deliver(request_id, Delta(()))
+        if scheduler.waiting[0] is not self._announced:
+            self._announced = scheduler.waiting[0]
+            self._deliver(self._announced.request.id, Delta(()))
             time.sleep(NOTICE_SECONDS)
 
     def _step(self, before: float | None) -> float | None:

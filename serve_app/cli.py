@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ USAGE_ERROR = 2
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EXPOSED = "Other machines can reach it, and it asks nobody for a key: put a gateway in front."
 FAILURE = 1
+LOOK_SECONDS = 0.2  # between looks for a SIGTERM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,11 +110,11 @@ def _serve_forever(config: AppConfig) -> int:
     except StartError as error:
         print(f"triserve: {error}", file=sys.stderr)
         return FAILURE
-    terminated = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: terminated.set())
+    terminated: list[int] = []  # signals; an Event's lock is not for signal handlers
+    signal.signal(signal.SIGTERM, lambda number, frame: terminated.append(number))
     print(ready_screen(server, time.perf_counter() - began), flush=True)
-    while not terminated.is_set():
-        signal.pause()
+    while not terminated:
+        time.sleep(LOOK_SECONDS)  # and not signal.pause, which a signal just before it does not end
     print("TriServe takes no more requests and finishes those it has.", flush=True)
     left = server.drain()
     if left:

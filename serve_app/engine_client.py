@@ -1,11 +1,13 @@
 """The ingress's view of the engine replicas."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, cast
 
+from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, DeploymentResponseGenerator
@@ -20,9 +22,10 @@ from serve_app.journal import Journal
 WATCHES = 5  # looks at every replica in the time after which an engine counts as hung
 SILENT = 0.6  # of that time, after which no new request is sent to an engine
 RETRY_SECONDS = 0.1  # before a request that was handed over, or found nobody, is sent again
-
-
 LEFT = ("moved", "error")  # finish reasons after which another engine goes on
+LOST = (RayActorError, AioRpcError)  # a call breaks, as Serve tells it, or where it lets gRPC tell it
+
+logger = logging.getLogger("ray.serve")  # whose handlers write to the replica's log
 
 
 class Silence(Exception):
@@ -65,11 +68,11 @@ class EngineClient:
                         if chunk.finish_reason is not None:
                             return
                     else:
-                        raise _failure("the engine ended an answer without saying why")
+                        raise EngineError("the engine ended an answer without saying why")
                 if chunk.finish_reason == "error":
                     raise EngineError(chunk.error)
                 journal.moved()
-            except (RayActorError, EngineError, Silence) as error:
+            except (*LOST, EngineError, Silence) as error:
                 if not journal.lost():
                     raise _failure(
                         "this request was given up: the engines that served it died, the last one while it served "
@@ -129,10 +132,14 @@ class EngineClient:
     async def _keep_watching(self) -> None:
         """Tells the router which replicas are alive, and which are about to leave."""
         while True:
-            for reply in await self._broadcast("status", seconds=self._heartbeat / WATCHES):
-                if isinstance(reply, dict) and not reply["error"] and reply["stalled"] < self._heartbeat:
-                    load = reply["running"] + reply["waiting"]
-                    self._fleet.hear(reply["replica"], time.monotonic(), reply["leaving"], load)
+            try:
+                for reply in await self._broadcast("status", seconds=self._heartbeat / WATCHES):
+                    if isinstance(reply, dict) and not reply["error"]:
+                        # what counts is when the engine last made a step, not when its process said so
+                        heard, load = time.monotonic() - reply["stalled"], reply["running"] + reply["waiting"]
+                        self._fleet.hear(reply["replica"], heard, reply["leaving"], load)
+            except Exception:
+                logger.exception("cannot look after the engines")  # the next look may
             await asyncio.sleep(self._heartbeat / WATCHES)
 
     async def _broadcast(self, method: str, *arguments: Any, seconds: float) -> list[Any]:
@@ -145,11 +152,15 @@ class EngineClient:
         answers = [asyncio.ensure_future(call.get_async()) for call in calls]
         if not answers:
             return []
-        await asyncio.wait(answers, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        done, late = await asyncio.wait(answers, timeout=min(seconds, self._heartbeat / WATCHES))
-        for answer in late:
-            answer.cancel()
-        return [answer.exception() or answer.result() for answer in done if not answer.cancelled()]
+        try:
+            await asyncio.wait(answers, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if any(answer.done() for answer in answers):
+                await asyncio.wait(answers, timeout=min(seconds, self._heartbeat / WATCHES))
+        finally:
+            for answer in answers:
+                answer.cancel()  # those that are late; whoever asked may have left, too
+        done = [answer for answer in answers if answer.done() and not answer.cancelled()]
+        return [answer.exception() or answer.result() for answer in done]
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -17,7 +17,7 @@ from serve_app.chunks import Chunk
 from serve_app.termination import on_sigterm
 
 BEATS = 4  # signs of life in the time after which an engine counts as hung
-FAILED_SECONDS = 0.2  # from an engine's failure to the end of its process: its requests are told first
+FAILED_SECONDS = 0.2  # from an engine's end to that of its process: its requests are told first
 LEAVE_SECONDS = 10.0  # that handing requests over may take
 
 
@@ -48,7 +48,8 @@ class EngineReplica:
 
     async def stream(self, packed: dict[str, Any], interval: float) -> AsyncGenerator[Chunk, None]:
         """The answer to a packed request, a chunk per `interval` (seconds) at most, after one that says that it is
-        here. Leaving the stream aborts the sequence."""
+        here, unless the engine hangs: then it is not to count as another one that died. Leaving the stream aborts the
+        sequence."""
         request = unpack(packed)
         self._streams += 1
         try:
@@ -56,7 +57,8 @@ class EngineReplica:
                 # One that comes back here, before the process has ended, has not died twice.
                 yield Chunk(finish_reason="moved", error=error)
                 return
-            yield Chunk()
+            if self._engine.stalled() < self._heartbeat:
+                yield Chunk()
             deltas = _coalesced(self._engine.stream(request), interval, self._heartbeat / BEATS)
             async with aclosing(deltas):
                 async for delta in deltas:
@@ -111,6 +113,7 @@ class EngineReplica:
                 await asyncio.sleep(self._heartbeat / BEATS)  # until the ingresses have heard of it
                 while self._streams:
                     await asyncio.sleep(0.01)
+        await asyncio.sleep(FAILED_SECONDS)  # what streams said last is on its way
         os._exit(0)
 
 

@@ -15,15 +15,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import local_folder
 from engine.config import CheckpointError, EngineConfig, ModelConfig
 from engine.tokenizer import Tokenizer
 from serve_app.config import AppConfig, logging_config, ray_environment
 
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
 POLL_SECONDS = 0.1
 DRAIN_ANSWER_SECONDS = 10.0  # that an ingress may take to say what it has left
+LAST_BYTES_SECONDS = 1.0  # from the end of the last answer, to the ingress, until its client has it
 RAY_LOGS = "/tmp/ray/session_latest/logs"
 OBJECT_STORE_BYTES = 80 * 2**20  # requests and answers travel by gRPC; Ray insists on some 75 MB
 ERROR_LINE = re.compile(r"^[\w.]*(?:Error|Exception)\b(?::|$)", re.MULTILINE)
@@ -82,12 +86,9 @@ class LocalServer:
         handle = serve.get_app_handle(NAME)
         # this process has no event loop of its own, which Serve expects in its one-loop mode
         handle._init(_run_router_in_separate_loop=True)  # type: ignore[no-untyped-call]
-        deadline = time.monotonic() + self.config.serve.drain_seconds
-        while True:
-            left: int = sum(handle.broadcast("drain").results(timeout_s=DRAIN_ANSWER_SECONDS))
-            if not left or time.monotonic() > deadline:
-                return left
-            time.sleep(POLL_SECONDS)
+        left = wait_until_drained(handle, self.config.serve.drain_seconds)
+        time.sleep(LAST_BYTES_SECONDS)
+        return left
 
     def stop(self) -> None:
         """Ends every process that `start` started."""
@@ -166,6 +167,29 @@ class LocalServer:
             else:
                 self.engine_phases = phases
                 return
+
+
+def wait_until_drained(ingress: "DeploymentHandle[Any]", seconds: float) -> int:
+    """Tells every ingress again and again to take no more, until none has any completion left or the time is over.
+    Returns how many are left. One that has died has none; one that does not answer is asked again."""
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    deadline, left = time.monotonic() + seconds, 0
+    while True:
+        try:
+            answers = ingress.broadcast("drain").results(
+                timeout_s=DRAIN_ANSWER_SECONDS, return_exceptions=True
+            )
+        except DeploymentUnavailableError:
+            return 0
+        except TimeoutError as error:
+            answers = [error]
+        silent = any(isinstance(answer, TimeoutError) for answer in answers)
+        if not silent:
+            left = sum(answer for answer in answers if isinstance(answer, int))
+        if not (left or silent) or time.monotonic() > deadline:
+            return left
+        time.sleep(POLL_SECONDS)
 
 
 def _cpus(config: AppConfig) -> int:

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -33,8 +34,6 @@ def supervise(work: Callable[[], int]) -> int:
     child = os.fork()
     if child == 0:
         _be_the_child(work)
-    for number in SIGNALS:
-        signal.signal(number, _interrupt)
     terminated = False
 
     def terminate(number: int, frame: FrameType | None) -> None:
@@ -42,10 +41,14 @@ def supervise(work: Callable[[], int]) -> int:
         if terminated:
             raise Interrupted
         terminated = True
-        os.kill(child, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has ended just now
+            os.kill(child, signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, terminate)
     try:
+        signal.signal(signal.SIGTERM, terminate)
+        for number in SIGNALS:
+            if number != signal.SIGTERM:
+                signal.signal(number, _interrupt)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         return 0 if terminated else status
     except Interrupted:

@@ -579,6 +579,13 @@ async def test_a_silent_stream_gives_signs_of_life_while_the_engine_makes_steps(
         await asyncio.wait_for(anext(stream), 0.5)
 
 
+async def test_a_replica_whose_engine_hangs_does_not_say_that_it_has_a_request() -> None:
+    loop = FakeLoop([])
+    loop.since_step = 1.0
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(anext(replica_of(loop).stream(pack(Request("r", (1,))), 0.01)), 0.5)
+
+
 async def test_a_replica_with_a_dead_engine_is_unhealthy() -> None:
     await replica_of(FakeLoop([])).check_health()
     with pytest.raises(RuntimeError, match="out of memory"):

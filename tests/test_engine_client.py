@@ -1,10 +1,14 @@
 """One answer over engines that die, hang, leave or fail: what the client is shown."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any, cast
 
+import grpc
 import pytest
+from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import RayActorError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -88,6 +92,16 @@ async def test_an_answer_goes_on_where_a_dead_engine_left_it() -> None:
     assert [request.generated for request in handle.asked] == [(), (4, 5)]
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL])
+async def test_a_call_that_grpc_breaks_off_is_a_dead_engines(code: grpc.StatusCode) -> None:
+    broken = AioRpcError(code, Metadata(), Metadata())
+    assert await answer(Handle([ACCEPTED, Chunk([4]), broken], [ACCEPTED, END])) == [4, 9]
+
+
+async def test_an_answer_that_stops_short_goes_on_elsewhere() -> None:
+    assert await answer(Handle([ACCEPTED, Chunk([4])], [ACCEPTED, END])) == [4, 9]
+
+
 async def test_an_engine_that_gives_no_sign_of_life_is_left() -> None:
     handle = Handle([ACCEPTED, Chunk([4]), HANG], [ACCEPTED, END])
     assert await answer(handle) == [4, 9]
@@ -95,9 +109,9 @@ async def test_an_engine_that_gives_no_sign_of_life_is_left() -> None:
 
 async def test_signs_of_life_keep_a_request_where_it_waits() -> None:
     waits: Script = [ACCEPTED]
-    for _ in range(8):
+    for _ in range(12):
         waits += [0.1, Chunk()]
-    assert await answer(Handle([*waits, END])) == [9]
+    assert await answer(Handle([*waits, END]), heartbeat=1.0) == [9]
 
 
 async def test_an_engine_that_leaves_hands_its_answer_over_however_often() -> None:
@@ -135,3 +149,73 @@ async def test_a_request_that_finds_no_engine_for_too_long_is_told_so() -> None:
     with pytest.raises(ApiError, match="no engine replica answers") as caught:
         await answer(Handle(*scripts), heartbeat=0.05, patience=0.3)
     assert caught.value.status == 503
+
+
+class Pool(Handle):
+    """A deployment whose replicas say each of `statuses` in turn, or nothing at all for None."""
+
+    def __init__(self, *statuses: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.statuses, self.asked_all, self.left = statuses, 0, 0
+
+    def broadcast(self, *_: Any) -> Any:
+        self.asked_all += 1
+        if self.asked_all == 1:
+            raise RuntimeError("something that nobody foresaw")
+        calls = [
+            SimpleNamespace(get_async=lambda status=status: self._say(status)) for status in self.statuses
+        ]
+
+        async def fetch() -> list[Any]:
+            return calls
+
+        return SimpleNamespace(_fetch_replica_results_async=fetch)
+
+    async def _say(self, status: dict[str, Any] | None) -> dict[str, Any]:
+        try:
+            if status is None:
+                await asyncio.sleep(HANG)
+                raise AssertionError
+            return status
+        except asyncio.CancelledError:
+            self.left += 1
+            raise
+
+
+def status_of(replica: str, stalled: float = 0.0, error: str | None = None) -> dict[str, Any]:
+    loads = {"running": 1, "waiting": 0}
+    return {"replica": replica, "stalled": stalled, "error": error, "leaving": False, **loads}
+
+
+async def test_what_counts_of_an_engine_are_its_steps_and_looking_goes_on_whatever_happens() -> None:
+    pool = Pool(
+        status_of("well"), status_of("slow", 2.0), status_of("hung", 4.0), status_of("failed", 0.0, "oops")
+    )
+    client = EngineClient(cast(Any, pool), heartbeat=5.0, patience=60.0)
+    client._heartbeat = 0.05  # looks often, but judges as before
+    now = time.monotonic()
+    for replica in ("well", "slow", "hung", "failed"):
+        client._fleet.meet(replica, now - 3.5)
+    client._watch()
+    async with asyncio.timeout(10):
+        while pool.asked_all < 3:
+            await asyncio.sleep(0.01)
+    usable = [name for name in ("well", "slow", "hung", "failed") if client._fleet.usable(name, now + 0.1)]
+    assert usable == ["well", "slow"]
+    for task in client._background:
+        task.cancel()
+
+
+async def test_nobody_waits_for_hung_engines_and_no_call_to_them_is_left() -> None:
+    pool = Pool(None, None)
+    pool.asked_all = 1
+    client = EngineClient(cast(Any, pool), heartbeat=0.5, patience=60.0)
+    client._watched = True
+    with pytest.raises(ApiError, match="no engine replica answers"):
+        await client.status()
+    asking = asyncio.create_task(client.status())
+    await asyncio.sleep(0.1)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert pool.left == 4

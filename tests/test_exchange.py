@@ -239,6 +239,30 @@ def test_a_silent_server_loses_its_sequences(monkeypatch: pytest.MonkeyPatch) ->
     context.destroy(linger=0)
 
 
+def test_a_late_answer_does_not_stand_for_the_next_one() -> None:
+    with serving() as server, source_of(server.endpoint) as source:
+        source.send([an_ask(1, number=1)], ())
+        until(lambda: server.status().drawn == 1)
+        source.send([an_ask(1, [5, 6, 8, 9], 3, number=2)], ())
+        until(lambda: server.status().drawn == 2)
+        time.sleep(0.1)
+        assert [answer.number for answer in source.poll()] == [2]
+
+
+def test_a_server_that_is_taken_up_while_asks_go_out_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = RemoteDrafts._connect
+
+    def slowly(source: RemoteDrafts, endpoint: Endpoint) -> Any:
+        for _ in range(2):
+            source.send((), ())  # as the engine's thread may at any time
+        return connect(source, endpoint)
+
+    monkeypatch.setattr(RemoteDrafts, "_connect", slowly)
+    with serving() as one, serving() as two, source_of(one.endpoint, two.endpoint) as source:
+        assert {a.verdict for a in asked(source, an_ask(1), an_ask(2))} == {Verdict.DRAWN}
+        assert one.status().followed == two.status().followed == 1
+
+
 def test_malformed_frames_are_dropped_and_the_server_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as server, source_of(server.endpoint) as source:
         chance = random.Random(1)

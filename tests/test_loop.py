@@ -154,6 +154,22 @@ async def test_a_request_on_probation_runs_alone_and_says_so_first(
     assert deltas[0] == Delta(()) and len([d for delta in deltas for d in delta.token_ids]) == 200
 
 
+async def test_a_request_that_comes_back_takes_the_place_of_its_former_self(config: EngineConfig) -> None:
+    loop = EngineLoop(config)
+    request = asked("r")
+    left = loop.stream(request)
+    begun = list((await anext(left)).token_ids)
+    back = loop.stream(replace(request, generated=tuple(begun)))
+    begun += (await anext(back)).token_ids
+    await left.aclose()  # only now, so that its end comes after the other's beginning
+    async for delta in back:
+        begun += delta.token_ids
+    assert delta.finish_reason == "length"
+    assert begun == (await answer(loop, request))[0]
+    assert await settled(loop)
+    loop.close()
+
+
 async def test_an_engine_that_hands_over_ends_every_stream_at_a_seam_and_frees_all_pages(
     config: EngineConfig,
 ) -> None:

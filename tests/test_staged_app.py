@@ -37,7 +37,7 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def chat(server: ServerProcess, **fields: Any) -> tuple[str, dict[str, Any]]:
     """The text of an answer, and how it was decoded."""
     body = {"model": "triserve-tiny", "messages": [{"role": "user", "content": "What is 41 + 17?"}], **fields}
-    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120, trust_env=False)
     assert response.status_code == 200, response.text
     answer = response.json()
     return answer["choices"][0]["message"]["content"], answer["usage"]["decode"]
@@ -81,7 +81,7 @@ def streamed(server: ServerProcess, act: Callable[[int], None], **fields: Any) -
     body = {"model": "triserve-tiny", "messages": messages, "stream": True, **fields}
     text = ""
     with httpx.stream(
-        "POST", f"{server.url}/v1/chat/completions", json=body, timeout=60, trust_env=False
+        "POST", f"{server.url}/v1/chat/completions", json=body, timeout=120, trust_env=False
     ) as response:
         for number, line in enumerate(response.iter_lines()):
             if line.startswith("data: {"):
@@ -94,7 +94,7 @@ def streamed(server: ServerProcess, act: Callable[[int], None], **fields: Any) -
 def test_streams_outlive_their_drafter_and_the_next_one_is_found(staged: ServerProcess) -> None:
     wait_for_drafts(staged)
     killed = drafter_of(staged)
-    fields = {"seed": 4, "max_tokens": 1200, "ignore_eos": True, "temperature": 1.0}
+    fields = {"seed": 4, "max_tokens": 400, "ignore_eos": True, "temperature": 1.0}
     expected = {mode: chat(staged, mode=mode, **fields)[0] for mode in STAGED}
     flowing = Barrier(len(STAGED))
 

@@ -52,10 +52,12 @@ class Staged:
 
     def plan(self, sequence: Sequence) -> Segment | None:
         draft, position = sequence.draft, len(sequence.tokens)
-        if draft.off or sequence.restart or _midway(sequence):
+        if draft.off or sequence.restart:
             return self.inner.plan(sequence)
-        if sequence.in_flight:
-            return None  # drafts go where its tokens end, once that is known
+        if sequence.in_flight and not _drafted(sequence):
+            return None  # drafts go where its tokens end, once that is known: see each pass before the next
+        if _midway(sequence):
+            return self.inner.plan(sequence)
         if draft.answer is not None and draft.asked == (position, self.inner.wanted):
             return replace(self.inner.take(sequence, draft.answer.tokens), mode=self)
         return self.inner.plan(sequence) if draft.here == position else None
@@ -80,4 +82,9 @@ class Staged:
 
 def _midway(sequence: Sequence) -> bool:
     """Whether a round has begun here: there is a canvas, or there are drafts."""
-    return sequence.canvas_open or (sequence.last is not None and not sequence.last.commits)
+    return sequence.canvas_open or _drafted(sequence)
+
+
+def _drafted(sequence: Sequence) -> bool:
+    """Whether drafts have been planned here that are not verified yet."""
+    return sequence.last is not None and not sequence.last.commits

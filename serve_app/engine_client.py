@@ -10,10 +10,11 @@ from typing import Any, cast
 from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cluster.fleet import Fleet, fleets
 from engine.request import EngineError, Request
+from serve_app.broadcast import ask_all
 from serve_app.chunks import Chunk
 from serve_app.engine_replica import pack
 from serve_app.errors import ApiError
@@ -111,8 +112,7 @@ class EngineClient:
     async def status(self) -> list[dict[str, Any]]:
         """One per replica that answers. Raises ApiError (503) if none does in time."""
         self._watch()
-        replies = await self._broadcast("status", seconds=self._heartbeat)
-        replicas = [reply for reply in replies if isinstance(reply, dict)]
+        replicas = await self._ask_all("status", seconds=self._heartbeat)
         if not replicas:
             raise _failure("no engine replica answers", status=503)
         return replicas
@@ -122,7 +122,7 @@ class EngineClient:
         return not status["error"] and not status["leaving"] and status["stalled"] < self._heartbeat
 
     async def _abort(self, request_id: str) -> None:
-        await self._broadcast("abort", request_id, seconds=self._heartbeat)
+        await self._ask_all("abort", request_id, seconds=self._heartbeat)
 
     def _watch(self) -> None:
         if not self._watched:
@@ -133,8 +133,8 @@ class EngineClient:
         """Tells the router which replicas are alive, and which are about to leave."""
         while True:
             try:
-                for reply in await self._broadcast("status", seconds=self._heartbeat / WATCHES):
-                    if isinstance(reply, dict) and not reply["error"]:
+                for reply in await self._ask_all("status", seconds=self._heartbeat / WATCHES):
+                    if not reply["error"]:
                         # what counts is when the engine last made a step, not when its process said so
                         heard, load = time.monotonic() - reply["stalled"], reply["running"] + reply["waiting"]
                         self._fleet.hear(reply["replica"], heard, reply["leaving"], load)
@@ -142,35 +142,17 @@ class EngineClient:
                 logger.exception("cannot look after the engines")  # the next look may
             await asyncio.sleep(self._heartbeat / WATCHES)
 
-    async def _broadcast(self, method: str, *arguments: Any, seconds: float) -> list[Any]:
-        """What every replica says that answers in time, exceptions included. Once one has, the others have little."""
+    async def _ask_all(self, method: str, *arguments: Any, seconds: float) -> list[Any]:
+        rest = min(seconds, self._heartbeat / WATCHES)
         try:
-            async with asyncio.timeout(seconds):
-                calls = await _calls(self._handle.broadcast(method, *arguments))
-        except (TimeoutError, DeploymentUnavailableError):
+            return await ask_all(self._handle, method, *arguments, seconds=seconds, rest=rest)
+        except DeploymentUnavailableError:
             return []
-        answers = [asyncio.ensure_future(call.get_async()) for call in calls]
-        if not answers:
-            return []
-        try:
-            await asyncio.wait(answers, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if any(answer.done() for answer in answers):
-                await asyncio.wait(answers, timeout=min(seconds, self._heartbeat / WATCHES))
-        finally:
-            for answer in answers:
-                answer.cancel()  # those that are late; whoever asked may have left, too
-        done = [answer for answer in answers if answer.done() and not answer.cancelled()]
-        return [answer.exception() or answer.result() for answer in done]
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-async def _calls(response: DeploymentBroadcastResponse) -> list[Any]:
-    """One call per replica: the public way to their results is to wait for all of them, hung ones included."""
-    return cast(list[Any], await response._fetch_replica_results_async())
 
 
 def _failure(message: str, status: int = 500, code: str | None = None) -> ApiError:

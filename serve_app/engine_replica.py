@@ -53,6 +53,10 @@ class EngineReplica:
         request = unpack(packed)
         self._streams += 1
         try:
+            if (error := self._engine.status().error) is not None:
+                # One that comes back here, before the process has ended, has not died twice.
+                yield Chunk(finish_reason="moved", error=error)
+                return
             if self._engine.stalled() < self._heartbeat:
                 yield Chunk()
             deltas = _coalesced(self._engine.stream(request), interval, self._heartbeat / BEATS)

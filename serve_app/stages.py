@@ -14,9 +14,10 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from engine.config import EngineConfig
+from serve_app.broadcast import ask_all
 from serve_app.engine_replica import EngineReplica
 
-LOOK_SECONDS = 1.0  # between looks at which drafters there are, and the most that one may take
+LOOK_SECONDS = 1.0  # between looks at which drafters there are
 
 logger = logging.getLogger("ray.serve")  # whose handlers write to the replica's log
 
@@ -86,14 +87,11 @@ class VerifyStage(EngineReplica):
 
         while True:
             try:
-                async with asyncio.timeout(LOOK_SECONDS):
-                    response = self._drafts.broadcast("endpoint")
-                    answers = await response.results_async(return_exceptions=True)
-                self._source.use(
-                    Endpoint(*answer) for answer in answers if not isinstance(answer, BaseException)
-                )
+                there = await ask_all(self._drafts, "endpoint", seconds=self._heartbeat, rest=self._heartbeat)
+                if there:
+                    self._source.use(Endpoint(*answer) for answer in there)
+                else:
+                    logger.warning("no drafter said within %.1f s that it is there", self._heartbeat)
             except DeploymentUnavailableError:
                 self._source.use(())
-            except TimeoutError:
-                logger.warning("the draft pool did not say in %.1f s who is there", LOOK_SECONDS)
             await asyncio.sleep(LOOK_SECONDS)

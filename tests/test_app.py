@@ -563,6 +563,11 @@ async def test_no_exception_of_the_engine_crosses_to_the_ingress(
     assert ended == ([1] if last.finish_reason == "error" else [])  # nothing more comes from such a process
 
 
+async def test_an_engine_that_has_failed_already_counts_against_no_request() -> None:
+    stream = replica_of(FakeLoop([], error="dead")).stream(pack(Request("r", (1,))), 0.01)
+    assert [chunk async for chunk in stream] == [Chunk(finish_reason="moved", error="dead")]
+
+
 async def test_a_silent_stream_gives_signs_of_life_while_the_engine_makes_steps() -> None:
     loop = FakeLoop([Delta((1,))])
     stream = replica_of(loop).stream(pack(Request("r", (1,))), 0.01)

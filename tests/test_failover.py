@@ -127,6 +127,17 @@ def idle(replica: dict[str, Any]) -> bool:
     return bool(whole_pool and replica["running"] == replica["waiting"] == 0)
 
 
+def test_an_engine_that_is_told_to_end_hands_its_requests_over(pair: ServerProcess) -> None:
+    victim = engines(pair)[0]
+
+    def terminate(client: httpx.Client) -> None:
+        os.kill(victim, signal.SIGTERM)
+        wait_for(lambda: any(replica["leaving"] for replica in ready(client)), 10)  # it was not just killed
+        wait_for(lambda: victim not in engines(pair), 20)
+
+    assert under_load(pair, terminate) > 0
+
+
 def test_engines_that_all_stop_for_a_while_make_the_server_unready_within_ten_seconds_and_lose_nothing(
     pair: ServerProcess,
 ) -> None:

